@@ -1,0 +1,52 @@
+//! The gRPC protocol between a pod's process and the agent in its guest.
+//!
+//! What it is for: the generated messages, client and server of `agent.proto`, and the constants
+//! ([`ports`], [`guest`]) on which both halves must agree. What it is not for: logic.
+#![forbid(unsafe_code)]
+
+/// Version 1 of the agent's protocol.
+#[allow(missing_docs, clippy::all, unreachable_pub)]
+pub mod agent {
+    tonic::include_proto!("husk.agent.v1");
+}
+
+/// vsock ports of the host (context ID 2) to which the agent connects.
+pub mod ports {
+    /// The control connection. The agent connects, and then *serves* gRPC (HTTP/2) on it: its
+    /// arrival is what says that the agent is ready, and nobody polls.
+    pub const CONTROL: u32 = 1024;
+
+    /// First port for stdio streams. The pod's process chooses a port per stream, names it in the
+    /// request, and the agent connects to it.
+    pub const FIRST_STREAM: u32 = 0x1_0000;
+}
+
+/// Paths and names inside the guest.
+pub mod guest {
+    /// Where the file systems of `SetupPodRequest.filesystems` are mounted: `FILESYSTEMS/<name>`.
+    pub const FILESYSTEMS: &str = "/run/husk/fs";
+
+    /// Where the volumes of `SetupPodRequest.volumes` are found: `VOLUMES/<name>`.
+    pub const VOLUMES: &str = "/run/husk/volumes";
+
+    /// Where containers live: `CONTAINERS/<id>/rootfs` is a container's root.
+    pub const CONTAINERS: &str = "/run/husk/containers";
+
+    /// The pod's shared memory (`/dev/shm` of its containers).
+    pub const SHM: &str = "/run/husk/shm";
+
+    /// I/O port to which the agent writes one of [`signal`], for what the VMM alone can know or do.
+    pub const SIGNAL_PORT: u16 = 0x0600;
+
+    /// Bytes written to [`SIGNAL_PORT`].
+    pub mod signal {
+        /// The agent's first instruction.
+        pub const INIT: u8 = 0x01;
+        /// The agent is ready for requests.
+        pub const READY: u8 = 0x02;
+        /// Power the VM off, now.
+        pub const POWER_OFF: u8 = 0x10;
+        /// The guest wants a reboot: the VM ends, and that is reported as a reboot.
+        pub const REBOOT: u8 = 0x11;
+    }
+}

@@ -1,0 +1,265 @@
+//! The messages themselves: plain structs, unknown fields refused.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// Position of a descriptor among those sent with the same message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FdIndex(pub u32);
+
+/// Most virtual CPUs that a VM may have.
+pub const MAX_VCPUS: u32 = 64;
+
+/// Least guest memory with which the guest kernel and the agent start, in MiB.
+pub const MIN_MEMORY_MIB: u32 = 48;
+
+/// Most guest memory, in MiB (1 TiB).
+pub const MAX_MEMORY_MIB: u32 = 1024 * 1024;
+
+/// Most disks that a VM may have.
+pub const MAX_DISKS: usize = 40;
+
+/// Longest virtio-blk serial, in bytes (virtio 1.2, 5.2.6: `VIRTIO_BLK_ID_BYTES`).
+pub const MAX_SERIAL_LEN: usize = 20;
+
+/// The context ID by which the guest reaches the host (`VMADDR_CID_HOST`).
+pub const HOST_CID: u64 = 2;
+
+/// Everything that a VM is made from. Sent once, as [`Request::Boot`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Number of virtual CPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u32,
+    /// Guest memory in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
+    pub memory_mib: u32,
+    /// `/dev/kvm`, opened read-write.
+    pub kvm: FdIndex,
+    /// The guest kernel: an uncompressed ELF `vmlinux`, opened read-only.
+    pub kernel: FdIndex,
+    /// The initial RAM file system (cpio), opened read-only.
+    pub initramfs: Option<FdIndex>,
+    /// Appended to the kernel command line that the VMM builds.
+    pub cmdline: String,
+    /// Where the guest kernel's log goes (a file or a pipe), at most
+    /// [`VmConfig::CONSOLE_LOG_CAP`] bytes of it.
+    pub console: Option<FdIndex>,
+    /// Also emulate a 16550 serial port at 0x3f8 as the console. Slow; for debugging the kernel's
+    /// first steps.
+    pub serial_console: bool,
+    /// virtio-blk disks, in the order in which the guest finds them (`vda`, `vdb`, ...).
+    pub disks: Vec<DiskConfig>,
+    /// The guest's vsock device, if it has one.
+    pub vsock: Option<VsockConfig>,
+}
+
+impl VmConfig {
+    /// Most bytes of the guest's console that are written to [`VmConfig::console`].
+    pub const CONSOLE_LOG_CAP: u64 = 4 * 1024 * 1024;
+}
+
+/// One virtio-blk disk. Raw images and block devices only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// By what the guest knows the disk (`/sys/block/*/serial`): 1 to [`MAX_SERIAL_LEN`] bytes of
+    /// printable ASCII, unique in the VM.
+    pub serial: String,
+    /// The image, opened with the access that `read_only` says.
+    pub fd: FdIndex,
+    /// Whether the guest may write.
+    pub read_only: bool,
+}
+
+/// The vsock device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context ID, at least 3 and less than 2^32 - 1.
+    pub guest_cid: u64,
+}
+
+/// From the pod's process to the VMM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case")]
+pub enum Request {
+    /// Build the VM and run it. The first message, and only once.
+    Boot(Box<VmConfig>),
+    /// Connect `fd` (one end of a stream socket pair) to a port on which the guest listens.
+    /// Answered by [`Event::VsockConnected`] or [`Event::VsockRefused`].
+    VsockConnect {
+        /// Chosen by the sender, comes back in the answer.
+        id: u32,
+        /// The guest's port.
+        port: u32,
+        /// The stream socket to join to the connection.
+        fd: FdIndex,
+    },
+    /// Ask for [`Event::Counters`].
+    Counters,
+    /// Stop the VM now, without telling the guest. Answered by [`Event::Exited`] with
+    /// [`Exit::Stopped`].
+    Stop,
+}
+
+/// From the VMM to the pod's process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case")]
+pub enum Event {
+    /// A step of the start was completed.
+    Phase {
+        /// Which one.
+        phase: Phase,
+        /// When, in ns of `CLOCK_MONOTONIC`.
+        at_ns: u64,
+    },
+    /// The guest connected to a port of the host. The descriptor is this side's end.
+    VsockAccepted {
+        /// The host port to which the guest connected.
+        port: u32,
+        /// The guest's own port.
+        guest_port: u32,
+        /// A connected stream socket.
+        fd: FdIndex,
+    },
+    /// A [`Request::VsockConnect`] succeeded.
+    VsockConnected {
+        /// The request's.
+        id: u32,
+    },
+    /// A [`Request::VsockConnect`] failed; its descriptor is closed.
+    VsockRefused {
+        /// The request's.
+        id: u32,
+        /// Why.
+        reason: String,
+    },
+    /// The answer to [`Request::Counters`].
+    Counters(Box<Counters>),
+    /// The VM is gone. Always the last message.
+    Exited(Exit),
+}
+
+/// The steps of a start, in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// `husk-vmm`'s `main` was reached.
+    VmmStarted,
+    /// `/dev/kvm` answered and the VM exists.
+    Kvm,
+    /// Guest memory is mapped and registered.
+    Memory,
+    /// Kernel, initramfs and boot structures lie in guest memory.
+    Load,
+    /// The devices are made and wired to KVM.
+    Devices,
+    /// The boot CPU was told to run (the guest's first instruction).
+    FirstInstruction,
+    /// PID 1 of the guest runs: the agent's first instruction.
+    Init,
+    /// The agent is ready for requests.
+    AgentReady,
+}
+
+/// How a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case", tag = "outcome")]
+pub enum Exit {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest rebooted itself.
+    Reboot,
+    /// The guest's kernel panicked.
+    Panic {
+        /// The last lines of its log.
+        log_tail: String,
+    },
+    /// The guest's CPU shut down after a triple fault.
+    TripleFault {
+        /// The last lines of its log.
+        log_tail: String,
+    },
+    /// [`Request::Stop`], or the control socket was closed.
+    Stopped,
+    /// husk or the host failed: the VM could not be built, or not be run on.
+    Error {
+        /// What failed, with its causes.
+        message: String,
+        /// The last lines of the guest's log, empty if it never ran.
+        log_tail: String,
+    },
+}
+
+impl Exit {
+    /// The process's exit code for this outcome, for when the event is lost.
+    #[must_use]
+    pub fn code(&self) -> i32 {
+        match self {
+            Exit::PowerOff | Exit::Stopped => 0,
+            Exit::Error { .. } => 1,
+            Exit::Reboot => 10,
+            Exit::Panic { .. } => 11,
+            Exit::TripleFault { .. } => 12,
+        }
+    }
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let tail = match self {
+            Exit::PowerOff => return f.write_str("the guest powered off"),
+            Exit::Reboot => return f.write_str("the guest rebooted"),
+            Exit::Stopped => return f.write_str("the VM was stopped"),
+            Exit::Panic { log_tail } => {
+                f.write_str("the guest kernel panicked")?;
+                log_tail
+            }
+            Exit::TripleFault { log_tail } => {
+                f.write_str("the guest's CPU stopped with a triple fault")?;
+                log_tail
+            }
+            Exit::Error { message, log_tail } => {
+                write!(f, "the VMM failed: {message}")?;
+                log_tail
+            }
+        };
+        if !tail.is_empty() {
+            write!(f, "; the guest's last log lines:\n{tail}")?;
+        }
+        Ok(())
+    }
+}
+
+/// What a VM did so far. All counts are since the VM's start.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Counters {
+    /// vCPU exits to user space by kind: `io_in`, `io_out`, `mmio_read`, `mmio_write`, `hlt`,
+    /// `interrupted`, ...
+    pub exits: BTreeMap<String, u64>,
+    /// Per device, by its name (`rng`, `console`, `vsock`, `blk:SERIAL`).
+    pub devices: BTreeMap<String, DeviceCounts>,
+    /// When each phase was reached, in ns of `CLOCK_MONOTONIC`.
+    pub phases_ns: BTreeMap<Phase, u64>,
+    /// I/O and MMIO exits up to [`Phase::AgentReady`].
+    pub io_exits_at_agent_ready: Option<u64>,
+    /// 4 KiB pages of guest memory that were resident at [`Phase::AgentReady`].
+    pub guest_pages_at_agent_ready: Option<u64>,
+}
+
+/// What one virtio device did so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceCounts {
+    /// Queue notifications from the guest.
+    pub kicks: u64,
+    /// Interrupts to the guest.
+    pub interrupts: u64,
+    /// Bytes from the device to the guest.
+    pub bytes_to_guest: u64,
+    /// Bytes from the guest to the device.
+    pub bytes_from_guest: u64,
+}
