@@ -1,0 +1,176 @@
+//! virtio 1.2 devices over the MMIO transport (virtio 1.2, section 4.2).
+//!
+//! The transport ([`mmio`]) owns queues, features and status, and gates every register write by the
+//! status; a device knows none of that. When the driver sets `DRIVER_OK` the transport moves memory,
+//! queues and interrupt into the device ([`Activation`]); the device's worker thread owns them from
+//! then on, until [`VirtioDevice::reset`] takes them back by joining it.
+//!
+//! To add a device: a module here with one type that implements [`VirtioDevice`] (`rng` is the
+//! exemplar to read first), and one line in `machine::builder`, where the devices are made.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::GuestMemory;
+use crate::counters::DeviceCounters;
+
+/// A device behind the transport.
+pub trait VirtioDevice: Send {
+    /// The virtio device ID (virtio 1.2, section 5), e.g. 4 for entropy.
+    fn device_id(&self) -> u32;
+
+    /// Name for logs, counters and threads, e.g. `rng` or `blk:scratch`.
+    fn name(&self) -> &str;
+
+    /// The most entries that each queue may have; its length is the number of queues.
+    fn queue_max_sizes(&self) -> &'static [u16];
+
+    /// Device feature bits on offer, without `VIRTIO_F_VERSION_1`, which the transport adds.
+    fn features(&self) -> u64;
+
+    /// The device's configuration space as it is now; reads past its end are zeros. Little-endian,
+    /// as the guest sees it.
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+
+    /// Starts the device: its worker owns what `activation` holds from here on.
+    ///
+    /// # Errors
+    /// The host could not provide what the device needs; the transport sets `NEEDS_RESET`.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops the device and joins its worker, so that it can be activated anew. Must be bounded: the
+    /// worker is told by an eventfd. Does nothing when not active.
+    fn reset(&mut self);
+}
+
+/// What a device works with, from `DRIVER_OK` to its reset.
+#[derive(Debug)]
+pub struct Activation {
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// The device's queues, all of them enabled and valid, in the order of
+    /// [`VirtioDevice::queue_max_sizes`], each with the eventfd by which the guest kicks it.
+    pub queues: Vec<ActiveQueue>,
+    /// How to interrupt the guest.
+    pub interrupt: Interrupt,
+    /// The features that driver and device agreed on.
+    pub features: u64,
+}
+
+/// One queue of an active device.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    /// The rings.
+    pub queue: Queue,
+    /// Signalled when the driver notifies the queue.
+    pub kick: EventFd,
+}
+
+/// Why a device could not be activated.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// An eventfd, epoll instance or duplicate of a descriptor could not be had.
+    #[error("cannot get {what}")]
+    Host {
+        /// What was asked for.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The driver did not enable a queue that the device needs.
+    #[error("queue {queue} is not enabled")]
+    QueueNotReady {
+        /// Its index.
+        queue: usize,
+    },
+}
+
+/// `InterruptStatus` bit: a used buffer notification (virtio 1.2, 4.2.2).
+pub const INTERRUPT_USED_RING: u32 = 1 << 0;
+/// `InterruptStatus` bit: a configuration change notification (virtio 1.2, 4.2.2).
+pub const INTERRUPT_CONFIG: u32 = 1 << 1;
+
+/// `Status` bits (virtio 1.2, 2.1).
+pub mod status {
+    #![allow(missing_docs)]
+    pub const ACKNOWLEDGE: u32 = 1;
+    pub const DRIVER: u32 = 2;
+    pub const DRIVER_OK: u32 = 4;
+    pub const FEATURES_OK: u32 = 8;
+    pub const DEVICE_NEEDS_RESET: u32 = 64;
+    pub const FAILED: u32 = 128;
+}
+
+/// A device's interrupt line to the guest, and its way to say that it needs a reset.
+///
+/// Shared between the transport (which answers `InterruptStatus`, `InterruptACK` and `Status`) and
+/// the device's worker.
+#[derive(Debug, Clone)]
+pub struct Interrupt {
+    inner: Arc<InterruptInner>,
+}
+
+#[derive(Debug)]
+struct InterruptInner {
+    /// `InterruptStatus`.
+    pending: AtomicU32,
+    /// `Status`; workers may only add `DEVICE_NEEDS_RESET`.
+    status: AtomicU32,
+    /// Wired to the guest's interrupt controller by irqfd.
+    line: EventFd,
+    counters: Arc<DeviceCounters>,
+}
+
+impl Interrupt {
+    /// An interrupt that signals `line`.
+    #[must_use]
+    pub fn new(line: EventFd, counters: Arc<DeviceCounters>) -> Self {
+        Interrupt {
+            inner: Arc::new(InterruptInner {
+                pending: AtomicU32::new(0),
+                status: AtomicU32::new(0),
+                line,
+                counters,
+            }),
+        }
+    }
+
+    /// Tells the driver that used buffers are there. Call it only when the queue's
+    /// `needs_notification` says so.
+    pub fn signal_used(&self) {
+        self.signal(INTERRUPT_USED_RING);
+    }
+
+    /// Tells the driver that the configuration space changed.
+    pub fn signal_config(&self) {
+        self.signal(INTERRUPT_CONFIG);
+    }
+
+    /// The guest broke the protocol: sets `DEVICE_NEEDS_RESET` and tells the driver. The worker then
+    /// stops touching the queues (virtio 1.2, 2.1.2).
+    pub fn signal_needs_reset(&self) {
+        self.inner.status.fetch_or(status::DEVICE_NEEDS_RESET, Ordering::SeqCst);
+        self.signal(INTERRUPT_CONFIG);
+    }
+
+    /// The device's counters.
+    #[must_use]
+    pub fn counters(&self) -> &Arc<DeviceCounters> {
+        &self.inner.counters
+    }
+
+    fn signal(&self, bit: u32) {
+        self.inner.pending.fetch_or(bit, Ordering::SeqCst);
+        self.inner.counters.count_interrupt();
+        if let Err(error) = self.inner.line.write(1) {
+            // Only a full counter (2^64 - 2 unread interrupts) can do this: the line is up anyway.
+            tracing::warn!(%error, "cannot signal an interrupt line");
+        }
+    }
+}
