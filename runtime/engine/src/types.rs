@@ -1,0 +1,406 @@
+//! What the engine runs: pods and containers, validated, whatever door they came through.
+//!
+//! These types know nothing of YAML, of Kubernetes' API objects or of the CRI. A door makes them
+//! ([`crate::manifest`] from Pod manifests) and answers for their validity; the engine does not
+//! check again. Where doors differ in what they supply, the difference is an enum ([`Network`],
+//! [`Rootfs`]), and there is one path below it.
+//!
+//! Units: memory in bytes unless the name says `mib`, CPU in thousandths of a CPU (`cpu_millis`),
+//! time in seconds (`_s`).
+
+use std::collections::BTreeMap;
+
+/// A pod, ready to be run.
+///
+/// Names of containers are unique over init containers and containers together, names of volumes
+/// are unique, and every volume mount refers to a volume of the pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodSpec {
+    /// Who the pod is.
+    pub metadata: PodMetadata,
+    /// Host name in the guest: a DNS label, at most 63 bytes.
+    pub hostname: String,
+    /// When containers that ended are started again. Does not concern sidecars, which always are.
+    pub restart_policy: RestartPolicy,
+    /// How long containers may take to end after SIGTERM, in seconds; then they are killed.
+    pub termination_grace_s: u64,
+    /// Started before the containers, in this order: an [`ContainerKind::Init`] must have succeeded
+    /// before the next is started, an [`ContainerKind::Sidecar`] must only have been started.
+    /// Sidecars are stopped in reverse order, after all containers have ended.
+    pub init_containers: Vec<ContainerSpec>,
+    /// The containers proper ([`ContainerKind::Main`]), at least one.
+    pub containers: Vec<ContainerSpec>,
+    /// What containers can mount.
+    pub volumes: Vec<VolumeSpec>,
+    /// Size of the virtual machine.
+    pub vm: VmSize,
+    /// Group that owns the volumes, and of which every container's process is a member.
+    pub fs_group: Option<u32>,
+    /// Further groups of every container's process.
+    pub supplemental_groups: Vec<u32>,
+    /// Namespaced sysctls of the pod, by their dotted names.
+    pub sysctls: BTreeMap<String, String>,
+    /// Name of the service account (only seen through the environment: there is no token).
+    pub service_account: String,
+    /// What the pod reaches.
+    pub network: Network,
+}
+
+impl PodSpec {
+    /// Init containers and containers, in the order of their start.
+    pub fn all_containers(&self) -> impl Iterator<Item = &ContainerSpec> {
+        self.init_containers.iter().chain(&self.containers)
+    }
+
+    /// The container of this name, of any kind.
+    #[must_use]
+    pub fn container(&self, name: &str) -> Option<&ContainerSpec> {
+        self.all_containers().find(|container| container.name == name)
+    }
+
+    /// The quality-of-service class, as Kubernetes computes it from requests and limits.
+    #[must_use]
+    pub fn qos_class(&self) -> QosClass {
+        let mut any = false;
+        let mut all_guaranteed = true;
+        for Resources { requests, limits } in self.all_containers().map(|c| &c.resources) {
+            any |= *requests != Amounts::default() || *limits != Amounts::default();
+            all_guaranteed &= limits.cpu_millis.is_some()
+                && limits.memory.is_some()
+                && requests.cpu_millis == limits.cpu_millis
+                && requests.memory == limits.memory;
+        }
+        match (any, all_guaranteed) {
+            (false, _) => QosClass::BestEffort,
+            (true, true) => QosClass::Guaranteed,
+            (true, false) => QosClass::Burstable,
+        }
+    }
+}
+
+/// Who a pod is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PodMetadata {
+    /// A DNS subdomain name, at most 253 bytes.
+    pub name: String,
+    /// A DNS label.
+    pub namespace: String,
+    /// Unique identifier; `None` if the door's input has none, and then the engine makes one.
+    pub uid: Option<String>,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Annotations.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// When containers that ended are started again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum RestartPolicy {
+    /// Whatever their exit code. Init containers that succeeded are not.
+    #[default]
+    Always,
+    /// Those that failed.
+    OnFailure,
+    /// None.
+    Never,
+}
+
+/// Quality-of-service class. Decides whom the guest's kernel kills first when memory runs out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QosClass {
+    /// Every container has limits for CPU and memory, and requests equal to them.
+    Guaranteed,
+    /// Some container has a request or a limit.
+    Burstable,
+    /// None has.
+    BestEffort,
+}
+
+/// What the pod reaches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// Only its own loopback interface.
+    Loopback,
+}
+
+/// Size of a virtual machine. See [`crate::sizing`] for how it follows from the pod's limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmSize {
+    /// Virtual CPUs, 1 to [`husk_vmm_api::MAX_VCPUS`].
+    pub vcpus: u32,
+    /// Guest memory in MiB, [`husk_vmm_api::MIN_MEMORY_MIB`] to
+    /// [`husk_vmm_api::MAX_MEMORY_MIB`].
+    pub memory_mib: u32,
+}
+
+/// One container of a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerSpec {
+    /// A DNS label.
+    pub name: String,
+    /// Its part in the life of the pod.
+    pub kind: ContainerKind,
+    /// Where its root file system comes from.
+    pub rootfs: Rootfs,
+    /// Replaces the image's entrypoint *and* its default arguments; empty leaves the entrypoint.
+    /// `$(VAR)` is not expanded yet.
+    pub command: Vec<String>,
+    /// Replaces the image's default arguments; empty leaves them, unless there is a command.
+    /// `$(VAR)` is not expanded yet.
+    pub args: Vec<String>,
+    /// Environment in the order of its definition, each name once. Not resolved yet: that happens
+    /// at every start ([`crate::oci`]), when the pod's addresses are known.
+    pub env: Vec<EnvVar>,
+    /// Absolute path, instead of the image's.
+    pub working_dir: Option<String>,
+    /// The ports on which it says that it listens. Information only.
+    pub ports: Vec<ContainerPort>,
+    /// What it may use.
+    pub resources: Resources,
+    /// Where it sees which volumes; each path once.
+    pub volume_mounts: Vec<VolumeMount>,
+    /// As whom it runs and what it may do: the pod's and the container's settings merged.
+    pub security: SecurityContext,
+    /// Whether it has a terminal. Its standard error then comes out of its standard output.
+    pub tty: bool,
+    /// Whether it has a standard input; else that is `/dev/null`.
+    pub stdin: bool,
+    /// Whether its standard input ends when the first one who attached detaches.
+    pub stdin_once: bool,
+}
+
+/// A container's part in the life of its pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ContainerKind {
+    /// Runs to its end before the next one is started.
+    Init,
+    /// An init container with `restartPolicy: Always`: runs beside all that follow, is always
+    /// restarted, and does not keep the pod from ending.
+    Sidecar,
+    /// A container proper.
+    Main,
+}
+
+/// Where a root file system comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rootfs {
+    /// An image that husk has, or pulls.
+    Image {
+        /// As the user wrote it, e.g. `nginx:1.27` or `localhost/husk/busybox`.
+        reference: String,
+        /// Whether to ask the registry.
+        pull_policy: PullPolicy,
+    },
+}
+
+/// Whether the registry is asked for an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PullPolicy {
+    /// At every start; what is here already is used if the registry says that it is the same.
+    Always,
+    /// Only if it is not here.
+    IfNotPresent,
+    /// Never: it must be here.
+    Never,
+}
+
+/// A variable of the environment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnvVar {
+    /// Its name: printable ASCII without `=`.
+    pub name: String,
+    /// Where its value comes from.
+    pub value: EnvValue,
+}
+
+/// Where the value of a variable comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EnvValue {
+    /// This text, in which `$(VAR)` is not expanded yet.
+    Literal(String),
+    /// A field of the pod.
+    Field(FieldRef),
+    /// What a container of the pod may use.
+    Resource(ResourceFieldRef),
+}
+
+/// A field of the pod, as the downward API names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FieldRef {
+    /// `metadata.name`
+    Name,
+    /// `metadata.namespace`
+    Namespace,
+    /// `metadata.uid`
+    Uid,
+    /// `metadata.labels['KEY']`; empty if there is none.
+    Label(String),
+    /// `metadata.annotations['KEY']`; empty if there is none.
+    Annotation(String),
+    /// `spec.nodeName`
+    NodeName,
+    /// `spec.serviceAccountName`
+    ServiceAccountName,
+    /// `status.hostIP`
+    HostIp,
+    /// `status.hostIPs`, separated by commas
+    HostIps,
+    /// `status.podIP`
+    PodIp,
+    /// `status.podIPs`, separated by commas
+    PodIps,
+}
+
+/// A resource of a container, in units of a divisor, rounded up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResourceFieldRef {
+    /// Whose. Always a container of the pod.
+    pub container: String,
+    /// Which.
+    pub resource: ResourceField,
+    /// The unit: in thousandths of a CPU for CPU, in bytes for memory. At least 1.
+    pub divisor: u64,
+}
+
+/// Which resource a [`ResourceFieldRef`] means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResourceField {
+    /// `limits.cpu`; the VM's CPUs if the container has no limit.
+    LimitsCpu,
+    /// `limits.memory`; the VM's memory if the container has no limit.
+    LimitsMemory,
+    /// `requests.cpu`; 0 if there is none.
+    RequestsCpu,
+    /// `requests.memory`; 0 if there is none.
+    RequestsMemory,
+}
+
+/// A port on which a container says that it listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerPort {
+    /// Its name, unique in the container.
+    pub name: Option<String>,
+    /// 1 to 65535.
+    pub port: u16,
+    /// Its protocol.
+    pub protocol: Protocol,
+}
+
+/// Protocol of a port.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP
+    #[default]
+    Tcp,
+    /// UDP
+    Udp,
+    /// SCTP
+    Sctp,
+}
+
+/// What a container asks for and may use at most.
+///
+/// They size its cgroup in the guest: the CPU limit is its quota (`cpu.max`, period 100 ms), the
+/// CPU request its weight (`cpu.weight`, by way of OCI `shares`), the memory limit its
+/// `memory.max`. The memory request sizes nothing but decides the QoS class. Together the limits
+/// size the virtual machine: [`crate::sizing`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// What it asks for: as given, or else the limits.
+    pub requests: Amounts,
+    /// What it may use.
+    pub limits: Amounts,
+}
+
+/// Amounts of resources. A zero in the door's input means unset, and is `None` here.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Amounts {
+    /// CPU time, in thousandths of a CPU.
+    pub cpu_millis: Option<u64>,
+    /// Memory in bytes.
+    pub memory: Option<u64>,
+}
+
+/// Where a container sees a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeMount {
+    /// Name of a volume of the pod.
+    pub volume: String,
+    /// Absolute path in the container, without `..`; not `/`.
+    pub mount_path: String,
+    /// Whether it may only be read.
+    pub read_only: bool,
+}
+
+/// A volume of a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeSpec {
+    /// A DNS label.
+    pub name: String,
+    /// What it is.
+    pub source: VolumeSource,
+}
+
+/// What a volume is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VolumeSource {
+    /// An empty directory (mode 0777) that lives as long as the pod.
+    EmptyDir {
+        /// Where it is kept.
+        medium: Medium,
+        /// Most bytes that it may hold. `None`: what the medium has; for [`Medium::Memory`] that is
+        /// the memory of the VM.
+        size_limit: Option<u64>,
+    },
+}
+
+/// Where an empty directory is kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Medium {
+    /// On the pod's scratch disk.
+    #[default]
+    Disk,
+    /// In guest memory (tmpfs): counts against the memory limit of the container that writes.
+    Memory,
+}
+
+/// As whom a container runs and what it may do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SecurityContext {
+    /// User ID, instead of the image's user.
+    pub run_as_user: Option<u32>,
+    /// Primary group ID, instead of the image's or the user's.
+    pub run_as_group: Option<u32>,
+    /// Refuse to start as user ID 0.
+    pub run_as_non_root: bool,
+    /// Mount the root file system read-only.
+    pub read_only_root: bool,
+    /// All capabilities and nothing masked: root of the *guest*, never of the host.
+    pub privileged: bool,
+    /// Whether a set-user-ID program may give it more rights.
+    pub allow_privilege_escalation: bool,
+    /// Changes to the default set of capabilities.
+    pub capabilities: CapabilityChanges,
+    /// Whether the sensitive parts of `/proc` are masked.
+    pub proc_mount: ProcMount,
+}
+
+/// Changes to the default set of capabilities: additions win over what is dropped by `ALL`, and
+/// what is dropped by name wins over additions.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CapabilityChanges {
+    /// Added: without the prefix `CAP_`, in capitals; `ALL` for all.
+    pub add: Vec<String>,
+    /// Dropped: of the same form.
+    pub drop: Vec<String>,
+}
+
+/// Whether the sensitive parts of `/proc` are masked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ProcMount {
+    /// They are masked or read-only.
+    #[default]
+    Default,
+    /// Nothing is.
+    Unmasked,
+}
