@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg,
-    socketpair,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
+    sendmsg, socketpair,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -92,13 +92,9 @@ impl Channel {
     /// # Errors
     /// [`ChannelError::Create`].
     pub fn pair() -> Result<(Channel, Channel), ChannelError> {
-        let (a, b) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .map_err(ChannelError::Create)?;
+        let (a, b) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(ChannelError::Create)?;
         Ok((Channel { socket: a }, Channel { socket: b }))
     }
 
@@ -244,10 +240,7 @@ mod tests {
         a.send(&Request::Stop, &[b.as_fd()]).unwrap();
         let mut got = b.receive::<Request>().unwrap().unwrap();
         got.take_fd(FdIndex(0)).unwrap();
-        assert!(matches!(
-            got.take_fd(FdIndex(0)),
-            Err(ChannelError::NoSuchFd { index: 0 })
-        ));
+        assert!(matches!(got.take_fd(FdIndex(0)), Err(ChannelError::NoSuchFd { index: 0 })));
         assert!(got.take_fd(FdIndex(u32::MAX)).is_err());
     }
 
@@ -256,10 +249,7 @@ mod tests {
         let (a, b) = Channel::pair().unwrap();
         a.send(&Event::Exited(Exit::Reboot), &[]).unwrap();
         drop(a);
-        assert_eq!(
-            b.receive::<Event>().unwrap().unwrap().message,
-            Event::Exited(Exit::Reboot)
-        );
+        assert_eq!(b.receive::<Event>().unwrap().unwrap().message, Event::Exited(Exit::Reboot));
         assert!(b.receive::<Event>().unwrap().is_none());
         assert!(matches!(b.send(&Request::Stop, &[]), Err(ChannelError::Send(Errno::PIPE))));
     }

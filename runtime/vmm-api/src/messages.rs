@@ -246,8 +246,6 @@ pub struct Counters {
     pub phases_ns: BTreeMap<Phase, u64>,
     /// I/O and MMIO exits up to [`Phase::AgentReady`].
     pub io_exits_at_agent_ready: Option<u64>,
-    /// 4 KiB pages of guest memory that were resident at [`Phase::AgentReady`].
-    pub guest_pages_at_agent_ready: Option<u64>,
 }
 
 /// What one virtio device did so far.

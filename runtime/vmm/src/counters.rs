@@ -14,9 +14,9 @@ pub struct DeviceCounters {
 }
 
 impl DeviceCounters {
-    /// The guest notified a queue.
-    pub fn count_kick(&self) {
-        self.kicks.fetch_add(1, Ordering::Relaxed);
+    /// The guest notified a queue so many times.
+    pub fn count_kicks(&self, kicks: u64) {
+        self.kicks.fetch_add(kicks, Ordering::Relaxed);
     }
 
     /// The device interrupted the guest.
@@ -42,6 +42,84 @@ impl DeviceCounters {
             interrupts: self.interrupts.load(Ordering::Relaxed),
             bytes_to_guest: self.bytes_to_guest.load(Ordering::Relaxed),
             bytes_from_guest: self.bytes_from_guest.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// The reasons for which a vCPU leaves the guest and reaches the VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum ExitKind {
+    IoIn,
+    IoOut,
+    MmioRead,
+    MmioWrite,
+    Interrupted,
+    Other,
+}
+
+impl ExitKind {
+    const ALL: [(ExitKind, &'static str); 6] = [
+        (ExitKind::IoIn, "io_in"),
+        (ExitKind::IoOut, "io_out"),
+        (ExitKind::MmioRead, "mmio_read"),
+        (ExitKind::MmioWrite, "mmio_write"),
+        (ExitKind::Interrupted, "interrupted"),
+        (ExitKind::Other, "other"),
+    ];
+}
+
+/// Exits of all vCPUs, by kind.
+#[derive(Debug, Default)]
+pub struct ExitCounters {
+    io_in: AtomicU64,
+    io_out: AtomicU64,
+    mmio_read: AtomicU64,
+    mmio_write: AtomicU64,
+    interrupted: AtomicU64,
+    other: AtomicU64,
+    /// I/O and MMIO exits when the agent was ready; 0 before.
+    at_agent_ready: AtomicU64,
+}
+
+impl ExitCounters {
+    /// Counts one exit.
+    pub fn count(&self, kind: ExitKind) {
+        self.of(kind).fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Keeps the sum of I/O and MMIO exits as of now, the first time it is called.
+    pub fn mark_agent_ready(&self) {
+        let sum = [ExitKind::IoIn, ExitKind::IoOut, ExitKind::MmioRead, ExitKind::MmioWrite]
+            .iter()
+            .fold(0_u64, |sum, kind| sum.saturating_add(self.of(*kind).load(Ordering::Relaxed)));
+        // Fails when it was marked before; the first mark stays.
+        self.at_agent_ready.compare_exchange(0, sum, Ordering::Relaxed, Ordering::Relaxed).ok();
+    }
+
+    /// I/O and MMIO exits up to agent-ready, once that was reached.
+    #[must_use]
+    pub fn at_agent_ready(&self) -> Option<u64> {
+        Some(self.at_agent_ready.load(Ordering::Relaxed)).filter(|n| *n > 0)
+    }
+
+    /// All counts by name.
+    #[must_use]
+    pub fn snapshot(&self) -> std::collections::BTreeMap<String, u64> {
+        ExitKind::ALL
+            .iter()
+            .map(|(kind, name)| ((*name).to_owned(), self.of(*kind).load(Ordering::Relaxed)))
+            .collect()
+    }
+
+    fn of(&self, kind: ExitKind) -> &AtomicU64 {
+        match kind {
+            ExitKind::IoIn => &self.io_in,
+            ExitKind::IoOut => &self.io_out,
+            ExitKind::MmioRead => &self.mmio_read,
+            ExitKind::MmioWrite => &self.mmio_write,
+            ExitKind::Interrupted => &self.interrupted,
+            ExitKind::Other => &self.other,
         }
     }
 }

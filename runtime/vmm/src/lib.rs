@@ -33,8 +33,13 @@
     )
 )]
 
+pub mod arch;
+pub mod boot;
 pub mod counters;
 pub mod devices;
+pub mod machine;
+pub mod memory;
+pub mod probe;
 
 /// Guest memory: shared by reference between vCPUs and devices.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

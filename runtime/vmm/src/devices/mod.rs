@@ -1,5 +1,8 @@
 //! Devices: what the guest sees at I/O ports and in MMIO windows.
 
+pub mod bus;
+pub mod reset;
+pub mod signal;
 pub mod virtio;
 
 /// A device that answers to accesses in one range of addresses (MMIO or ports).

@@ -1,0 +1,406 @@
+//! Building a VM: one linear recipe.
+//!
+//! The order matters. Guest memory is registered before KVM's interrupt controller and the
+//! ioeventfds exist, because afterwards every new memory slot waits for a grace period. The interrupt
+//! controller comes before the vCPUs, which get their local APICs from it. Kernel and initramfs are
+//! placed while nothing runs. Devices come last: each is wired to KVM by its eventfds and named on
+//! the kernel's command line, and with that the boot structures can be written.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use husk_vmm_api::{ChannelError, DiskConfig, Phase, Received, Request, VmConfig};
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::config::{self, ConfigError};
+use super::report::Reporter;
+use super::vcpu;
+use crate::GuestMemory;
+use crate::arch::boot_params::{self, BootParamsError};
+use crate::arch::mptable::{self, MpTableError};
+use crate::arch::regs::{self, RegsError};
+use crate::arch::{cpuid, layout};
+use crate::boot::{self, LoadError, LoadedKernel};
+use crate::counters::{DeviceCounters, ExitCounters};
+use crate::devices::BusDevice;
+use crate::devices::bus::{Bus, RangeTaken};
+use crate::devices::console_log::ConsoleLog;
+use crate::devices::reset::ResetLine;
+use crate::devices::serial::SerialPort;
+use crate::devices::signal::SignalPort;
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::blk::{Blk, BlkError};
+use crate::devices::virtio::console::Console;
+use crate::devices::virtio::mmio::MmioTransport;
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::{HostSink, Vsock, VsockHandle};
+use crate::memory::{self, MemoryError};
+
+/// The API version that every KVM has had since Linux 2.6.22.
+const KVM_API_VERSION: i32 = 12;
+
+/// What KVM must be able to do.
+const CAPABILITIES: [(Cap, &str); 8] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
+];
+
+/// What every guest is told on its command line, before its devices.
+///
+/// `reboot=k,panic_warm panic=-1`: see `devices::reset`. `quiet`: the console costs an exit per line;
+/// the log is complete in the guest (`dmesg`), and a panic is printed anyway.
+const CMDLINE: &str = "panic=-1 reboot=k,panic_warm tsc=reliable no_timer_check \
+                       random.trust_cpu=on cryptomgr.notests rdinit=/init";
+const CMDLINE_CONSOLE: &str = "console=hvc0 quiet 8250.nr_uarts=0";
+const CMDLINE_SERIAL: &str = "console=ttyS0 earlycon=uart8250,io,0x3f8 8250.nr_uarts=1";
+
+/// The VM could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The configuration is not one that can be built.
+    #[error("the VM's configuration is not usable")]
+    Config(#[from] ConfigError),
+    /// A descriptor did not come with the configuration.
+    #[error("{what} did not come with the VM's configuration")]
+    Descriptor {
+        /// Which one.
+        what: String,
+        /// Why not.
+        #[source]
+        source: ChannelError,
+    },
+    /// The descriptor is not KVM's, or KVM is too old.
+    #[error("KVM answers with API version {version}, expected {KVM_API_VERSION}; is it /dev/kvm?")]
+    KvmVersion {
+        /// What it answered.
+        version: i32,
+    },
+    /// KVM lacks something.
+    #[error("this host's KVM lacks {capability}")]
+    KvmCapability {
+        /// Its name.
+        capability: &'static str,
+    },
+    /// KVM refused a step.
+    #[error("KVM refused to {step}")]
+    Kvm {
+        /// The step.
+        step: &'static str,
+        /// Why.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel and initramfs.
+    #[error("cannot load the guest")]
+    Load(#[from] LoadError),
+    /// Boot structures.
+    #[error(transparent)]
+    BootParams(#[from] BootParamsError),
+    /// MP table.
+    #[error(transparent)]
+    MpTable(#[from] MpTableError),
+    /// Registers.
+    #[error(transparent)]
+    Regs(#[from] RegsError),
+    /// A disk.
+    #[error("disk {serial}")]
+    Disk {
+        /// Its serial.
+        serial: String,
+        /// What is wrong with it.
+        #[source]
+        source: BlkError,
+    },
+    /// A device could not be made.
+    #[error("cannot make device {device}")]
+    Device {
+        /// Its name.
+        device: String,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Two devices at one address.
+    #[error(transparent)]
+    Bus(#[from] RangeTaken),
+    /// A vCPU's thread could not be started.
+    #[error("cannot start the thread of vCPU {id}")]
+    Thread {
+        /// The vCPU.
+        id: u32,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A device's name and its counters.
+pub type NamedCounters = (String, Arc<DeviceCounters>);
+
+/// A VM whose vCPUs are ready to run.
+pub struct Machine {
+    vcpus: Vec<VcpuFd>,
+    shared: vcpu::Shared,
+    /// Counters of the virtio devices.
+    pub devices: Vec<NamedCounters>,
+    /// The guest kernel's log.
+    pub console: Arc<ConsoleLog>,
+    /// To connect to the guest's vsock ports, if the VM has a vsock device.
+    pub vsock: Option<VsockHandle>,
+    // Both must live as long as the vCPUs; the process's end is their end.
+    _vm: VmFd,
+    _memory: GuestMemory,
+}
+
+impl Machine {
+    /// Starts every vCPU. The guest runs from here on.
+    ///
+    /// # Errors
+    /// A thread cannot be started.
+    pub fn run(&mut self) -> Result<(), BuildError> {
+        for (id, fd) in (0_u32..).zip(self.vcpus.drain(..)) {
+            vcpu::spawn(fd, id, self.shared.clone())
+                .map_err(|source| BuildError::Thread { id, source })?;
+        }
+        Ok(())
+    }
+
+    /// Exits of all vCPUs.
+    #[must_use]
+    pub fn exits(&self) -> &ExitCounters {
+        &self.shared.exits
+    }
+}
+
+/// Builds the VM that `boot` asks for, from the descriptors that came with it.
+///
+/// # Errors
+/// Whatever is missing, wrong, or refused by the host.
+pub fn build(
+    config: &VmConfig,
+    boot: &mut Received<Request>,
+    sink: Box<dyn HostSink>,
+    reporter: Reporter,
+) -> Result<Machine, BuildError> {
+    config::validate(config)?;
+    let kernel_file = take(boot, config.kernel, "the kernel")?.into();
+
+    let kvm = open_kvm(take(boot, config.kvm, "/dev/kvm")?)?;
+    let vm = create_vm(&kvm)?;
+    reporter.phase(Phase::Kvm);
+
+    let memory = memory::map(config.memory_mib)?;
+    memory::register(&vm, &memory)?;
+    reporter.phase(Phase::Memory);
+
+    let kernel = boot::load_kernel(&memory, &kernel_file)?;
+    let initramfs = match config.initramfs {
+        Some(index) => {
+            let file = take(boot, index, "the initramfs")?.into();
+            Some(boot::load_initramfs(&memory, &file, kernel.end)?)
+        }
+        None => None,
+    };
+    reporter.phase(Phase::Load);
+
+    vm.create_irq_chip().map_err(kvm_error("create the interrupt controller"))?;
+    let console_file = match config.console {
+        Some(index) => Some(File::from(take(boot, index, "the console log")?)),
+        None => None,
+    };
+    let console = Arc::new(ConsoleLog::new(console_file, VmConfig::CONSOLE_LOG_CAP));
+    let mut devices = Devices::new(&vm, &memory, config);
+    devices.add(Box::new(Console::new(console.clone())))?;
+    let vsock = match &config.vsock {
+        Some(vsock) => {
+            let (device, handle) = Vsock::new(vsock.guest_cid, sink)
+                .map_err(|source| BuildError::Device { device: "vsock".to_owned(), source })?;
+            devices.add(Box::new(device))?;
+            Some(handle)
+        }
+        None => None,
+    };
+    devices.add(Box::new(Rng::new()))?;
+    for disk in &config.disks {
+        devices.add(Box::new(open_disk(disk, boot)?))?;
+    }
+    let exits = Arc::new(ExitCounters::default());
+    devices.add_legacy(config, &console, &reporter, &exits)?;
+    let Devices { mmio, ports, counters, cmdline, .. } = devices;
+    reporter.phase(Phase::Devices);
+
+    boot_params::write_boot_params(&memory, &cmdline, initramfs)?;
+    boot_params::write_cpu_tables(&memory)?;
+    mptable::write_mp_table(&memory, config.vcpus)?;
+    let vcpus = create_vcpus(&kvm, &vm, config.vcpus, kernel)?;
+
+    let shared = vcpu::Shared { ports: Arc::new(ports), mmio: Arc::new(mmio), exits, reporter };
+    Ok(Machine { vcpus, shared, devices: counters, console, vsock, _vm: vm, _memory: memory })
+}
+
+fn take(
+    boot: &mut Received<Request>,
+    index: husk_vmm_api::FdIndex,
+    what: &str,
+) -> Result<OwnedFd, BuildError> {
+    boot.take_fd(index).map_err(|source| BuildError::Descriptor { what: what.to_owned(), source })
+}
+
+fn kvm_error(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> BuildError {
+    move |source| BuildError::Kvm { step, source }
+}
+
+/// Wraps the descriptor and checks that it is a KVM with what we need.
+fn open_kvm(fd: OwnedFd) -> Result<Kvm, BuildError> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the descriptor is ours, open, and given up here. Whether it is KVM's is checked next;
+    // another device answers the ioctl with an error.
+    let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
+    let version = kvm.get_api_version();
+    if version != KVM_API_VERSION {
+        return Err(BuildError::KvmVersion { version });
+    }
+    for (cap, capability) in CAPABILITIES {
+        if !kvm.check_extension(cap) {
+            return Err(BuildError::KvmCapability { capability });
+        }
+    }
+    Ok(kvm)
+}
+
+/// Creates the VM. A signal may interrupt the kernel in this; it is then asked again.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, BuildError> {
+    const TRIES: u32 = 16;
+    let mut result = kvm.create_vm();
+    for _ in 1..TRIES {
+        match &result {
+            Err(error) if error.errno() == libc::EINTR => result = kvm.create_vm(),
+            _ => break,
+        }
+    }
+    let vm = result.map_err(kvm_error("create a VM"))?;
+    vm.set_tss_address(layout::KVM_TSS).map_err(kvm_error("set the TSS address"))?;
+    Ok(vm)
+}
+
+fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    count: u32,
+    kernel: LoadedKernel,
+) -> Result<Vec<VcpuFd>, BuildError> {
+    let supported =
+        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm_error("tell its CPUID"))?;
+    let mut vcpus = Vec::new();
+    for id in 0..count {
+        let vcpu = vm.create_vcpu(id.into()).map_err(kvm_error("create a vCPU"))?;
+        let mut cpuid = supported.clone();
+        cpuid::specialise(&mut cpuid, id, count);
+        // CPUID before the model-specific registers: KVM gates those by it (Linux 6.13).
+        vcpu.set_cpuid2(&cpuid).map_err(kvm_error("set a vCPU's CPUID"))?;
+        if id == 0 {
+            // The others wait for the kernel to start them (INIT, SIPI).
+            regs::set_boot_registers(&vcpu, kernel.entry)?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+fn open_disk(disk: &DiskConfig, boot: &mut Received<Request>) -> Result<Blk, BuildError> {
+    let file = take(boot, disk.fd, &format!("disk {}", disk.serial))?.into();
+    Blk::new(&disk.serial, file, disk.read_only)
+        .map_err(|source| BuildError::Disk { serial: disk.serial.clone(), source })
+}
+
+/// The devices as they are added: their places in both address spaces, and how the guest learns of
+/// them.
+struct Devices<'a> {
+    vm: &'a VmFd,
+    memory: &'a GuestMemory,
+    mmio: Bus,
+    ports: Bus,
+    counters: Vec<NamedCounters>,
+    cmdline: String,
+    count: u32,
+}
+
+impl<'a> Devices<'a> {
+    fn new(vm: &'a VmFd, memory: &'a GuestMemory, config: &VmConfig) -> Self {
+        let console = if config.serial_console { CMDLINE_SERIAL } else { CMDLINE_CONSOLE };
+        let mut cmdline = format!("{CMDLINE} {console}");
+        if !config.cmdline.is_empty() {
+            cmdline = format!("{cmdline} {}", config.cmdline);
+        }
+        let (mmio, ports) = (Bus::default(), Bus::default());
+        Devices { vm, memory, mmio, ports, counters: Vec::new(), cmdline, count: 0 }
+    }
+
+    /// Adds a virtio device: a window, an interrupt line, an ioeventfd per queue.
+    fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
+        let name = device.name().to_owned();
+        let failed = |source| BuildError::Device { device: name.clone(), source };
+        let transport = MmioTransport::new(self.memory.clone(), device).map_err(failed)?;
+        let (window, irq) = (layout::mmio_of(self.count), layout::irq_of(self.count));
+        self.vm
+            .register_irqfd(transport.interrupt_line(), irq)
+            .map_err(kvm_error("register an interrupt"))?;
+        let notify = IoEventAddress::Mmio(window.saturating_add(MmioTransport::QUEUE_NOTIFY));
+        for (queue, kick) in (0_u32..).zip(transport.queue_kicks()) {
+            self.vm
+                .register_ioevent(kick, &notify, queue)
+                .map_err(kvm_error("register a queue notification"))?;
+        }
+        self.counters.push((name, transport.counters()));
+        let size = layout::VIRTIO_MMIO_SIZE;
+        self.mmio.insert(window, size, Arc::new(Mutex::new(transport)))?;
+        self.cmdline.push_str(&format!(" virtio_mmio.device={size}@{window:#x}:{irq}"));
+        self.count = self.count.saturating_add(1);
+        Ok(())
+    }
+
+    /// Adds what lies at I/O ports.
+    fn add_legacy(
+        &mut self,
+        config: &VmConfig,
+        console: &Arc<ConsoleLog>,
+        reporter: &Reporter,
+        exits: &Arc<ExitCounters>,
+    ) -> Result<(), BuildError> {
+        let reset = ResetLine::new(self.memory.clone(), reporter.clone());
+        self.add_port(layout::KEYBOARD_PORT, layout::KEYBOARD_PORT_SIZE, reset)?;
+        let signal = SignalPort::new(reporter.clone(), exits.clone());
+        self.add_port(husk_proto::guest::SIGNAL_PORT.into(), 1, signal)?;
+        if config.serial_console {
+            let failed = |source| BuildError::Device { device: "serial".to_owned(), source };
+            let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
+            self.vm
+                .register_irqfd(&line, layout::SERIAL_IRQ)
+                .map_err(kvm_error("register an interrupt"))?;
+            let serial = SerialPort::new(line, console.clone());
+            self.add_port(layout::SERIAL_PORT, layout::SERIAL_PORT_SIZE, serial)?;
+        }
+        Ok(())
+    }
+
+    fn add_port(
+        &mut self,
+        start: u64,
+        len: u64,
+        device: impl BusDevice + 'static,
+    ) -> Result<(), BuildError> {
+        Ok(self.ports.insert(start, len, Arc::new(Mutex::new(device)))?)
+    }
+}

@@ -1,0 +1,6 @@
+//! The machine: built by one linear recipe ([`builder`]), run by its vCPU threads ([`vcpu`]), and
+//! governed by the control loop ([`control`]).
+
+pub mod config;
+pub mod report;
+pub mod vcpu;
