@@ -7,6 +7,16 @@
 //!
 //! To add a device: a module here with one type that implements [`VirtioDevice`] (`rng` is the
 //! exemplar to read first), and one line in `machine::builder`, where the devices are made.
+//!
+//! What a device builds on: [`chain`] (descriptor chains that are completed exactly once) and
+//! [`worker`] (the thread that serves the queues).
+
+pub mod chain;
+pub mod rng;
+pub mod worker;
+
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,8 +24,19 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::chain::Virtqueue;
+use self::worker::HostFailure;
 use crate::GuestMemory;
 use crate::counters::DeviceCounters;
+
+/// `VIRTIO_F_VERSION_1`: the device is not a legacy one (virtio 1.2, section 6).
+pub const F_VERSION_1: u64 = 1 << 32;
+/// `VIRTIO_F_INDIRECT_DESC`: a descriptor may refer to a table of descriptors (section 6).
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+/// `VIRTIO_F_EVENT_IDX`: notifications are suppressed by `used_event` and `avail_event` (section 6).
+pub const F_EVENT_IDX: u64 = 1 << 29;
+/// The ring features that every device here can offer: [`chain`] does the work for all of them.
+pub const RING_FEATURES: u64 = F_INDIRECT_DESC | F_EVENT_IDX;
 
 /// A device behind the transport.
 pub trait VirtioDevice: Send {
@@ -60,6 +81,39 @@ pub struct Activation {
     pub interrupt: Interrupt,
     /// The features that driver and device agreed on.
     pub features: u64,
+    /// Where the worker reports that the host let it down.
+    pub failure: HostFailure,
+}
+
+/// What a [`worker::Worker`] needs beside its handler; made by [`Activation::split`].
+#[derive(Debug)]
+pub struct Wiring {
+    /// The eventfds by which the guest kicks the queues, in the queues' order.
+    pub kicks: Vec<EventFd>,
+    /// How to tell the guest that it broke the protocol.
+    pub interrupt: Interrupt,
+    /// Where to report that the host failed.
+    pub failure: HostFailure,
+}
+
+impl Activation {
+    /// Splits into the queues (for the device's handler) and the rest (for its worker).
+    ///
+    /// # Errors
+    /// [`ActivateError::QueueNotReady`] if there are not exactly `N` queues.
+    pub fn split<const N: usize>(self) -> Result<([Virtqueue; N], Wiring), ActivateError> {
+        let Activation { memory, queues, interrupt, features, failure } = self;
+        let mut kicks = Vec::with_capacity(N);
+        let mut virtqueues = Vec::with_capacity(N);
+        for ActiveQueue { queue, kick } in queues {
+            kicks.push(kick);
+            virtqueues.push(Virtqueue::new(memory.clone(), queue, interrupt.clone(), features));
+        }
+        let virtqueues = virtqueues
+            .try_into()
+            .map_err(|got: Vec<Virtqueue>| ActivateError::QueueNotReady { queue: got.len() })?;
+        Ok((virtqueues, Wiring { kicks, interrupt, failure }))
+    }
 }
 
 /// One queue of an active device.
@@ -124,6 +178,8 @@ struct InterruptInner {
     status: AtomicU32,
     /// Wired to the guest's interrupt controller by irqfd.
     line: EventFd,
+    /// `ConfigGeneration`: changes with the configuration space.
+    config_generation: AtomicU32,
     counters: Arc<DeviceCounters>,
 }
 
@@ -136,6 +192,7 @@ impl Interrupt {
                 pending: AtomicU32::new(0),
                 status: AtomicU32::new(0),
                 line,
+                config_generation: AtomicU32::new(0),
                 counters,
             }),
         }
@@ -149,6 +206,7 @@ impl Interrupt {
 
     /// Tells the driver that the configuration space changed.
     pub fn signal_config(&self) {
+        self.inner.config_generation.fetch_add(1, Ordering::SeqCst);
         self.signal(INTERRUPT_CONFIG);
     }
 
@@ -163,6 +221,46 @@ impl Interrupt {
     #[must_use]
     pub fn counters(&self) -> &Arc<DeviceCounters> {
         &self.inner.counters
+    }
+
+    /// The eventfd to wire to the guest's interrupt controller.
+    #[must_use]
+    pub fn line(&self) -> &EventFd {
+        &self.inner.line
+    }
+
+    /// `Status` as the driver reads it.
+    #[must_use]
+    pub fn status(&self) -> u32 {
+        self.inner.status.load(Ordering::SeqCst)
+    }
+
+    /// `InterruptStatus` as the driver reads it.
+    #[must_use]
+    pub fn pending(&self) -> u32 {
+        self.inner.pending.load(Ordering::SeqCst)
+    }
+
+    /// The transport's: the driver set `Status` bits. Bits are only ever added, so that a worker's
+    /// `DEVICE_NEEDS_RESET` at the same time is not lost.
+    pub(crate) fn add_status(&self, bits: u32) {
+        self.inner.status.fetch_or(bits, Ordering::SeqCst);
+    }
+
+    /// The transport's: the driver acknowledged these `InterruptStatus` bits.
+    pub(crate) fn acknowledge(&self, bits: u32) {
+        self.inner.pending.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    /// The transport's: the device was reset. Its worker must be joined already.
+    pub(crate) fn clear(&self) {
+        self.inner.pending.store(0, Ordering::SeqCst);
+        self.inner.status.store(0, Ordering::SeqCst);
+    }
+
+    /// `ConfigGeneration` as the driver reads it.
+    pub(crate) fn config_generation(&self) -> u32 {
+        self.inner.config_generation.load(Ordering::SeqCst)
     }
 
     fn signal(&self, bit: u32) {

@@ -1,0 +1,600 @@
+//! Descriptor chains, and the queue that hands them out.
+//!
+//! [`Virtqueue`] wraps `virtio_queue::Queue` (the rings' arithmetic) and adds what a device must not
+//! have to think of: a chain is walked and checked as a whole before the device sees it, it is
+//! completed exactly once ([`Chain`]), and notifications are suppressed while the device is busy
+//! ([`Virtqueue::serve`]).
+//!
+//! The walk is ours because `virtio_queue::DescriptorChain` ends silently at a malformed descriptor:
+//! a device would take half a chain for a whole one. Here it is a [`GuestFault`].
+
+use std::sync::atomic::Ordering;
+
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{
+    Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice,
+};
+
+use super::{F_INDIRECT_DESC, Interrupt};
+use crate::GuestMemory;
+
+/// Most descriptors in one chain, whether in the ring or in an indirect table. The specification
+/// allows the queue's size (virtio 1.2, 2.7.5.3.1), Linux goes over it in indirect tables; also
+/// `IOV_MAX`, so that a chain fits one vectored system call.
+pub const MAX_CHAIN_DESCRIPTORS: usize = 1024;
+
+/// Most chains that [`Virtqueue::serve`] handles before it returns, so that a guest that never stops
+/// adding chains cannot keep a worker from its other events, its stop among them.
+pub const SERVE_BUDGET: usize = 64;
+
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT` (virtio 1.2, 2.7.6).
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// Size of a descriptor in bytes (virtio 1.2, 2.7.5).
+const DESCRIPTOR_LEN: u64 = 16;
+
+/// The guest broke the protocol of a queue. The device then needs a reset; the host is well.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestFault {
+    /// The available ring cannot be used: its index jumped by more than the queue's size, or the
+    /// rings are not where they were when the queue was enabled.
+    #[error("the rings are unusable")]
+    Rings(#[source] virtio_queue::Error),
+    /// The head of a chain is no descriptor.
+    #[error("chain head {head} is not below the queue size {size}")]
+    Head {
+        /// The head's index.
+        head: u16,
+        /// The queue's size.
+        size: u16,
+    },
+    /// A descriptor's `next` is no descriptor.
+    #[error("next descriptor {next} is not below the table's size {size}")]
+    Next {
+        /// The index.
+        next: u16,
+        /// Number of descriptors in the table.
+        size: u32,
+    },
+    /// A chain has a loop, or more than [`MAX_CHAIN_DESCRIPTORS`] descriptors.
+    #[error("chain of more than {limit} descriptors")]
+    TooManyDescriptors {
+        /// How many there may be.
+        limit: usize,
+    },
+    /// A descriptor table is not in guest memory.
+    #[error("descriptor at {address:#x} is not in guest memory")]
+    Table {
+        /// Guest-physical address of the descriptor.
+        address: u64,
+    },
+    /// A buffer is not in guest memory.
+    #[error("buffer at {address:#x} of {len} bytes is not in guest memory")]
+    Buffer {
+        /// Guest-physical address.
+        address: u64,
+        /// Length in bytes.
+        len: u32,
+    },
+    /// An indirect table inside an indirect table, together with `next`, of a bad length, or without
+    /// the feature.
+    #[error("indirect descriptor of {len} bytes with flags {flags:#x} is not allowed here")]
+    Indirect {
+        /// The table's length in bytes.
+        len: u32,
+        /// The descriptor's flags.
+        flags: u16,
+    },
+    /// A device-readable buffer follows a device-writable one (virtio 1.2, 2.7.4.2).
+    #[error("readable buffer at {address:#x} follows a writable one")]
+    ReadableAfterWritable {
+        /// Guest-physical address of the readable buffer.
+        address: u64,
+    },
+    /// The buffers are longer than 2^32 - 1 bytes together (virtio 1.2, 2.7.4.2).
+    #[error("chain of more than 2^32 - 1 bytes")]
+    TooLong,
+    /// A request needs more bytes than its buffers have.
+    #[error("{what} needs bytes {offset} to {offset}+{len} of {have}")]
+    TooShort {
+        /// The part of the chain.
+        what: &'static str,
+        /// Where the access begins.
+        offset: u32,
+        /// How long it is.
+        len: usize,
+        /// How many bytes there are.
+        have: u32,
+    },
+    /// A chain is not of the form that the device's section of the specification demands.
+    #[error("malformed request: {0}")]
+    Request(&'static str),
+    /// Guest memory that was checked could not be accessed.
+    #[error("guest memory cannot be accessed")]
+    Memory(#[source] GuestMemoryError),
+}
+
+/// One buffer of a chain, in guest memory and not empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Segment {
+    address: GuestAddress,
+    len: u32,
+}
+
+/// Whether a queue has been emptied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Progress {
+    /// The queue is empty and the driver will notify when it adds to it.
+    Done,
+    /// The budget is used up: call again without waiting for a notification.
+    More,
+}
+
+/// When [`Virtqueue::serve`] interrupts the driver, if the driver wants to be interrupted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Notify {
+    /// After each chain: for requests that take long, whose submitter waits.
+    EachChain,
+    /// Once there is nothing more to do: for streams.
+    AtEnd,
+}
+
+/// A queue of an active device: rings, memory, and the way to interrupt the driver.
+#[derive(Debug)]
+pub struct Virtqueue {
+    memory: GuestMemory,
+    queue: Queue,
+    interrupt: Interrupt,
+    indirect: bool,
+    /// Whether chains were completed since the driver was last told.
+    completed: bool,
+    /// Of the chain that is out; kept so that popping does not allocate.
+    segments: Vec<Segment>,
+}
+
+impl Virtqueue {
+    /// Takes over a queue that the transport has validated. `features` are the negotiated ones.
+    #[must_use]
+    pub fn new(memory: GuestMemory, queue: Queue, interrupt: Interrupt, features: u64) -> Self {
+        let indirect = features & F_INDIRECT_DESC != 0;
+        Virtqueue { memory, queue, interrupt, indirect, completed: false, segments: Vec::new() }
+    }
+
+    /// Handles the available chains with `handle` until there are none, or [`SERVE_BUDGET`] of them.
+    /// The driver is asked not to notify meanwhile, and is interrupted as `notify` says.
+    ///
+    /// # Errors
+    /// The guest's fault, found here or by `handle`; stop using the queue then.
+    pub fn serve<E: From<GuestFault>>(
+        &mut self,
+        notify: Notify,
+        mut handle: impl FnMut(Chain<'_>) -> Result<(), E>,
+    ) -> Result<Progress, E> {
+        self.disable_notification()?;
+        let mut progress = Progress::More;
+        for _ in 0..SERVE_BUDGET {
+            let Some(chain) = self.pop_or_arm()? else {
+                progress = Progress::Done;
+                break;
+            };
+            handle(chain)?;
+            if notify == Notify::EachChain {
+                self.notify()?;
+            }
+        }
+        self.notify()?;
+        Ok(progress)
+    }
+
+    /// The next available chain. When there is none the driver is asked to notify: `None` means that
+    /// a kick will come with the next chain.
+    ///
+    /// # Errors
+    /// The guest's fault; stop using the queue then.
+    pub fn pop_or_arm(&mut self) -> Result<Option<Chain<'_>>, GuestFault> {
+        // Twice: the driver may add a chain just before it sees that it should notify. Should the
+        // second look find nothing either, the index moved back, and only the guest suffers.
+        for _ in 0..2 {
+            if let Some(head) = self.next_head()? {
+                return self.walk(head).map(Some);
+            }
+            if !self.queue.enable_notification(&self.memory).map_err(GuestFault::Rings)? {
+                break;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Asks the driver not to notify; a hint, and undone by [`Virtqueue::pop_or_arm`].
+    ///
+    /// # Errors
+    /// [`GuestFault::Rings`].
+    pub fn disable_notification(&mut self) -> Result<(), GuestFault> {
+        self.queue.disable_notification(&self.memory).map_err(GuestFault::Rings)
+    }
+
+    /// Interrupts the driver if chains were completed since the last call and it wants to know.
+    ///
+    /// # Errors
+    /// [`GuestFault::Rings`] or [`GuestFault::Memory`].
+    pub fn notify(&mut self) -> Result<(), GuestFault> {
+        if !std::mem::take(&mut self.completed) {
+            return Ok(());
+        }
+        // Also where the answer comes from the flags: it contains the fence that orders our writes
+        // to the used ring before our reading of what the driver wants (virtio 1.2, 2.7.7.2).
+        let mut wanted = self.queue.needs_notification(&self.memory).map_err(GuestFault::Rings)?;
+        if !self.queue.event_idx_enabled() {
+            let flags: u16 = self
+                .memory
+                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+                .map_err(GuestFault::Memory)?;
+            wanted = u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0;
+        }
+        if wanted {
+            self.interrupt.signal_used();
+        }
+        Ok(())
+    }
+
+    fn next_head(&mut self) -> Result<Option<u16>, GuestFault> {
+        let size = self.queue.size();
+        let mut available = self.queue.iter(&self.memory).map_err(GuestFault::Rings)?;
+        let Some(head) = available.next().map(|chain| chain.head_index()) else {
+            return Ok(None);
+        };
+        if head >= size {
+            return Err(GuestFault::Head { head, size });
+        }
+        Ok(Some(head))
+    }
+
+    /// Reads the whole chain into `segments` and checks it.
+    fn walk(&mut self, head: u16) -> Result<Chain<'_>, GuestFault> {
+        let mut table = Table {
+            address: GuestAddress(self.queue.desc_table()),
+            size: u32::from(self.queue.size()),
+            indirect: false,
+        };
+        let limit = usize::from(self.queue.size());
+        let mut layout = Layout::default();
+        let mut index = head;
+        self.segments.clear();
+        // A chain in the ring cannot be longer than the ring, or it has a loop; one more for the
+        // descriptor that refers to an indirect table.
+        for _ in 0..=limit.max(MAX_CHAIN_DESCRIPTORS) {
+            let descriptor = table.read(&self.memory, index)?;
+            if descriptor.refers_to_indirect_table() {
+                table = table.enter(&descriptor, self.indirect)?;
+                index = 0;
+                continue;
+            }
+            layout.add(&self.memory, &mut self.segments, &descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(Chain { head, layout, completed: false, queue: self });
+            }
+            index = descriptor.next();
+        }
+        Err(GuestFault::TooManyDescriptors { limit })
+    }
+
+    /// Puts a chain into the used ring.
+    fn give_back(&mut self, head: u16, len: u32) -> Result<(), GuestFault> {
+        self.completed = true;
+        self.queue.add_used(&self.memory, head, len).map_err(GuestFault::Rings)
+    }
+}
+
+/// The descriptor table that is being walked.
+#[derive(Debug, Clone, Copy)]
+struct Table {
+    address: GuestAddress,
+    /// Number of descriptors.
+    size: u32,
+    indirect: bool,
+}
+
+impl Table {
+    fn read(&self, memory: &GuestMemory, index: u16) -> Result<Descriptor, GuestFault> {
+        if u32::from(index) >= self.size {
+            return Err(GuestFault::Next { next: index, size: self.size });
+        }
+        let fault = || GuestFault::Table { address: self.address.raw_value() };
+        let offset = u64::from(index).checked_mul(DESCRIPTOR_LEN).ok_or_else(fault)?;
+        let address = self.address.checked_add(offset).ok_or_else(fault)?;
+        memory.read_obj(address).map_err(|_| GuestFault::Table { address: address.raw_value() })
+    }
+
+    /// The table to which `descriptor` refers (virtio 1.2, 2.7.5.3): not from within another one, not
+    /// with a `next`, of whole descriptors, and only if negotiated. The write flag is to be ignored.
+    fn enter(&self, descriptor: &Descriptor, negotiated: bool) -> Result<Table, GuestFault> {
+        let len = descriptor.len();
+        let size = len / 16;
+        if self.indirect
+            || !negotiated
+            || descriptor.has_next()
+            || size == 0
+            || !len.is_multiple_of(16)
+        {
+            return Err(GuestFault::Indirect { len, flags: descriptor.flags() });
+        }
+        Ok(Table { address: descriptor.addr(), size, indirect: true })
+    }
+}
+
+/// Where a chain's readable part ends, and its lengths in bytes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Layout {
+    /// Number of readable segments; the writable ones follow.
+    readable_segments: usize,
+    readable_len: u32,
+    writable_len: u32,
+    seen_writable: bool,
+}
+
+impl Layout {
+    fn add(
+        &mut self,
+        memory: &GuestMemory,
+        segments: &mut Vec<Segment>,
+        descriptor: &Descriptor,
+    ) -> Result<(), GuestFault> {
+        let (address, len) = (descriptor.addr(), descriptor.len());
+        let writable = descriptor.is_write_only();
+        if self.seen_writable && !writable {
+            return Err(GuestFault::ReadableAfterWritable { address: address.raw_value() });
+        }
+        self.seen_writable |= writable;
+        if len == 0 {
+            return Ok(());
+        }
+        if segments.len() >= MAX_CHAIN_DESCRIPTORS {
+            return Err(GuestFault::TooManyDescriptors { limit: MAX_CHAIN_DESCRIPTORS });
+        }
+        let fault = GuestFault::Buffer { address: address.raw_value(), len };
+        let Ok(count) = usize::try_from(len) else { return Err(fault) };
+        if !GuestMemoryBackend::check_range(memory, address, count) {
+            return Err(fault);
+        }
+        let total = if writable { &mut self.writable_len } else { &mut self.readable_len };
+        *total = total.checked_add(len).ok_or(GuestFault::TooLong)?;
+        if self.readable_len.checked_add(self.writable_len).is_none() {
+            return Err(GuestFault::TooLong);
+        }
+        segments.push(Segment { address, len });
+        if !writable {
+            self.readable_segments = segments.len();
+        }
+        Ok(())
+    }
+}
+
+/// A descriptor chain that was popped from its queue: checked as a whole, and given back to the
+/// driver exactly once, by [`Chain::complete`] or by being dropped.
+///
+/// A dropped chain is given back with length 0. That is always true (the length promises how many
+/// bytes at the front of the writable part hold an answer; none is a valid promise), and leaves the
+/// driver its buffers: a chain that is never given back would hang it, and use up its queue.
+#[derive(Debug)]
+pub struct Chain<'q> {
+    queue: &'q mut Virtqueue,
+    head: u16,
+    layout: Layout,
+    completed: bool,
+}
+
+impl Chain<'_> {
+    /// The buffers that the device reads.
+    #[must_use]
+    pub fn readable(&self) -> Readable<'_> {
+        let segments = self.queue.segments.get(..self.layout.readable_segments).unwrap_or_default();
+        Readable(Buffers {
+            memory: &self.queue.memory,
+            segments,
+            len: self.layout.readable_len,
+            what: "readable part",
+        })
+    }
+
+    /// The buffers that the device writes.
+    #[must_use]
+    pub fn writable(&self) -> Writable<'_> {
+        let segments = self.queue.segments.get(self.layout.readable_segments..).unwrap_or_default();
+        Writable(Buffers {
+            memory: &self.queue.memory,
+            segments,
+            len: self.layout.writable_len,
+            what: "writable part",
+        })
+    }
+
+    /// Gives the chain back to the driver, of whose writable part the first `written` bytes were
+    /// written (virtio 1.2, 2.7.8). The driver learns of it by [`Virtqueue::notify`].
+    ///
+    /// # Errors
+    /// [`GuestFault::Rings`].
+    pub fn complete(mut self, written: u32) -> Result<(), GuestFault> {
+        self.give_back(written.min(self.layout.writable_len))
+    }
+
+    fn give_back(&mut self, written: u32) -> Result<(), GuestFault> {
+        self.completed = true;
+        let counters = self.queue.interrupt.counters();
+        counters.count_to_guest(u64::from(written));
+        counters.count_from_guest(u64::from(self.layout.readable_len));
+        self.queue.give_back(self.head, written)
+    }
+}
+
+impl Drop for Chain<'_> {
+    fn drop(&mut self) {
+        if !self.completed
+            && let Err(error) = self.give_back(0)
+        {
+            // The rings were checked when the queue was enabled and memory does not shrink.
+            tracing::warn!(%error, head = self.head, "cannot give a descriptor chain back");
+        }
+    }
+}
+
+/// A part of a chain. Every segment lies in guest memory and their lengths add up to `len`.
+#[derive(Debug, Clone, Copy)]
+struct Buffers<'a> {
+    memory: &'a GuestMemory,
+    segments: &'a [Segment],
+    len: u32,
+    what: &'static str,
+}
+
+impl<'a> Buffers<'a> {
+    fn too_short(&self, offset: u32, len: usize) -> GuestFault {
+        GuestFault::TooShort { what: self.what, offset, len, have: self.len }
+    }
+
+    /// Calls `each` with the pieces of `len` bytes at `offset`, in order.
+    fn for_each(
+        &self,
+        offset: u32,
+        len: usize,
+        mut each: impl FnMut(VolatileSlice<'a>),
+    ) -> Result<(), GuestFault> {
+        let short = || self.too_short(offset, len);
+        let mut left = u32::try_from(len).map_err(|_| short())?;
+        if offset.checked_add(left).is_none_or(|end| end > self.len) {
+            return Err(short());
+        }
+        let mut skip = offset;
+        for segment in self.segments {
+            if left == 0 {
+                break;
+            }
+            // Skipped entirely: `skip` shrinks by the segment's length.
+            let Some(rest) = segment.len.checked_sub(skip).filter(|rest| *rest > 0) else {
+                skip = skip.saturating_sub(segment.len);
+                continue;
+            };
+            let take = rest.min(left);
+            let fault = GuestFault::Buffer { address: segment.address.raw_value(), len: take };
+            let (Some(address), Ok(count)) =
+                (segment.address.checked_add(u64::from(skip)), usize::try_from(take))
+            else {
+                return Err(fault);
+            };
+            for slice in GuestMemoryBackend::get_slices(self.memory, address, count) {
+                each(slice.map_err(GuestFault::Memory)?);
+            }
+            skip = 0;
+            left = left.saturating_sub(take);
+        }
+        Ok(())
+    }
+}
+
+/// The device-readable part of a chain.
+#[derive(Debug, Clone, Copy)]
+pub struct Readable<'a>(Buffers<'a>);
+
+impl<'a> Readable<'a> {
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.0.len
+    }
+
+    /// Whether there is nothing to read.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+
+    /// Fills `into` with the bytes at `offset`. What is read is a copy: the guest can change its
+    /// memory at any time, so read each value once.
+    ///
+    /// # Errors
+    /// [`GuestFault::TooShort`].
+    pub fn read_at(&self, offset: u32, into: &mut [u8]) -> Result<(), GuestFault> {
+        let mut rest: &mut [u8] = into;
+        let len = rest.len();
+        self.0.for_each(offset, len, |slice| {
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(slice.len());
+            slice.copy_to(now);
+            rest = later;
+        })
+    }
+
+    /// The value at `offset`.
+    ///
+    /// # Errors
+    /// [`GuestFault::TooShort`].
+    pub fn read_obj<T: ByteValued>(&self, offset: u32) -> Result<T, GuestFault> {
+        let mut value = T::zeroed();
+        self.read_at(offset, value.as_mut_slice())?;
+        Ok(value)
+    }
+
+    /// The pieces of guest memory that make up `len` bytes at `offset`, for system calls that read
+    /// from them. Appended to `slices`.
+    ///
+    /// # Errors
+    /// [`GuestFault::TooShort`].
+    pub fn slices(
+        &self,
+        offset: u32,
+        len: u32,
+        slices: &mut Vec<VolatileSlice<'a>>,
+    ) -> Result<(), GuestFault> {
+        let count = usize::try_from(len).map_err(|_| self.0.too_short(offset, usize::MAX))?;
+        self.0.for_each(offset, count, |slice| slices.push(slice))
+    }
+}
+
+/// The device-writable part of a chain.
+#[derive(Debug, Clone, Copy)]
+pub struct Writable<'a>(Buffers<'a>);
+
+impl<'a> Writable<'a> {
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.0.len
+    }
+
+    /// Whether nothing can be written.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+
+    /// Writes `bytes` at `offset`.
+    ///
+    /// # Errors
+    /// [`GuestFault::TooShort`].
+    pub fn write_at(&self, offset: u32, bytes: &[u8]) -> Result<(), GuestFault> {
+        let mut rest = bytes;
+        self.0.for_each(offset, bytes.len(), |slice| {
+            let (now, later) = rest.split_at(slice.len());
+            slice.copy_from(now);
+            rest = later;
+        })
+    }
+
+    /// The pieces of guest memory that make up `len` bytes at `offset`, for system calls that write
+    /// to them. Appended to `slices`.
+    ///
+    /// # Errors
+    /// [`GuestFault::TooShort`].
+    pub fn slices(
+        &self,
+        offset: u32,
+        len: u32,
+        slices: &mut Vec<VolatileSlice<'a>>,
+    ) -> Result<(), GuestFault> {
+        let count = usize::try_from(len).map_err(|_| self.0.too_short(offset, usize::MAX))?;
+        self.0.for_each(offset, count, |slice| slices.push(slice))
+    }
+}
+
+#[cfg(test)]
+mod tests;
