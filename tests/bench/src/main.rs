@@ -1,2 +1,80 @@
-//! Placeholder while the workspace is laid out.
-fn main() {}
+//! `husk-bench`: husk and its peers, interleaved in one run on one host.
+//!
+//! What it is for: ratios and counts that hold on a slow, nested or emulated KVM as well. What it is
+//! not for: absolute times; those are printed with what they were measured on, and kept nowhere.
+//!
+//! It runs where `/dev/kvm` is real (the test host) and drives built binaries, as a pod's process
+//! would. Every line that counts is `figure NAME VALUE UNIT` or `ratio NAME VALUE vs PEER`.
+
+mod boot;
+mod husk_vm;
+mod pairs;
+mod qemu;
+mod run_true;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+/// Measures husk against its peers and prints one line for each result.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Interleaved rounds of each comparison, after one warm-up round.
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+
+    /// Directory with husk, husk-vmm.
+    #[arg(long, default_value = "/opt/husk/bin")]
+    bin: PathBuf,
+
+    /// Directory with vmlinux and initramfs.cpio.
+    #[arg(long, default_value = "/opt/husk/share")]
+    share: PathBuf,
+
+    /// An OCI layout of busybox.
+    #[arg(long, default_value = "/opt/husk/images/busybox")]
+    busybox: PathBuf,
+
+    /// Run only the comparison with this name.
+    #[arg(long)]
+    only: Option<String>,
+}
+
+/// What all comparisons work with.
+pub(crate) struct Setup {
+    pub(crate) rounds: usize,
+    pub(crate) husk: PathBuf,
+    pub(crate) vmm: PathBuf,
+    pub(crate) kernel: PathBuf,
+    pub(crate) initramfs: PathBuf,
+    pub(crate) busybox: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let setup = Setup {
+        rounds: options.rounds.max(1),
+        husk: options.bin.join("husk"),
+        vmm: options.bin.join("husk-vmm"),
+        kernel: options.share.join("vmlinux"),
+        initramfs: options.share.join("initramfs.cpio"),
+        busybox: options.busybox,
+    };
+    let wanted = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
+    let mut results = Vec::new();
+    if wanted("boot") {
+        results.extend(boot::compare(&setup).context("boot: spawn to init, against QEMU")?);
+    }
+    if wanted("weight") {
+        results.extend(boot::weigh(&setup).context("weight: what a booted VM costs")?);
+    }
+    if wanted("run") {
+        results.extend(run_true::compare(&setup).context("run: husk run, against crun and runc")?);
+    }
+    println!();
+    for line in results {
+        println!("{line}");
+    }
+    Ok(())
+}

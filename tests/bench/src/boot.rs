@@ -1,0 +1,138 @@
+//! Starting a bare VM, and what it weighs when its agent is ready.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use husk_proto::agent::StatsRequest;
+use husk_proto::agent::agent_client::AgentClient;
+use husk_vmm_api::Phase;
+use hyper_util::rt::TokioIo;
+use tonic::transport::{Endpoint, Uri};
+
+use crate::husk_vm::HuskVm;
+use crate::pairs::{self, Contender};
+use crate::{Setup, qemu};
+
+const MEMORY_MIB: u32 = 256;
+const PAGE: u64 = 4096;
+const KIB: u64 = 1024;
+
+/// Spawn of the VMM to init's first instruction.
+pub(crate) fn compare(setup: &Setup) -> Result<Vec<String>> {
+    println!("boot: spawn to init's first instruction, {MEMORY_MIB} MiB, 1 vCPU");
+    let husk = || -> Result<Duration> {
+        let (mut vm, started) = HuskVm::start(setup, MEMORY_MIB)?;
+        vm.wait_for(Phase::Init)?;
+        Ok(started.elapsed())
+    };
+    let qemu = || qemu::spawn_to_init(setup, MEMORY_MIB);
+    let mut contenders = [
+        Contender { name: "husk-vmm", once: Box::new(husk) },
+        Contender { name: "qemu-microvm", once: Box::new(qemu) },
+    ];
+    let samples = pairs::interleave(setup.rounds, &mut contenders)?;
+    let ratio = pairs::ratio(&samples[0], &samples[1]).context("no samples")?;
+    Ok(vec![format!("ratio boot_spawn_to_init {ratio:.3} vs qemu-microvm")])
+}
+
+/// Exits, pages, and resident memory of a VM whose agent is ready and idle.
+pub(crate) fn weigh(setup: &Setup) -> Result<Vec<String>> {
+    println!("weight: a VM with {MEMORY_MIB} MiB whose agent is ready");
+    let (mut exits, mut pages, mut rss, mut agent) = (vec![], vec![], vec![], vec![]);
+    for round in 1..=setup.rounds.min(5) {
+        let (mut vm, _) = HuskVm::start(setup, MEMORY_MIB)?;
+        vm.wait_for(Phase::AgentReady)?;
+        let control = vm.wait_for_control()?;
+        let memory = resident(vm.pid())?;
+        exits.push(vm.counters()?.io_exits_at_agent_ready.context("no count of exits")?);
+        pages.push(memory.guest / PAGE);
+        rss.push(memory.vmm / KIB);
+        agent.push(agent_rss(control)? / KIB);
+        println!(
+            "  round {round}: {} exits, {} guest pages, VMM {} KiB, agent {} KiB",
+            exits[round - 1],
+            pages[round - 1],
+            rss[round - 1],
+            agent[round - 1]
+        );
+    }
+    let initramfs = std::fs::metadata(&setup.initramfs)?.len() / KIB;
+    let of = |samples: &[u64]| pairs::median(samples).context("no samples");
+    Ok(vec![
+        format!("figure boot_exits {} exits", of(&exits)?),
+        format!("figure boot_pages {} pages", of(&pages)?),
+        format!("figure vmm_rss_less_guest {} KiB", of(&rss)?),
+        format!("figure agent_rss {} KiB", of(&agent)?),
+        format!("figure initramfs_size {initramfs} KiB"),
+    ])
+}
+
+/// Resident bytes of a VMM's process.
+#[derive(Debug, PartialEq, Eq)]
+struct Resident {
+    guest: u64,
+    vmm: u64,
+}
+
+fn resident(pid: u32) -> Result<Resident> {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let memory = parse_smaps(&smaps)?;
+    ensure!(memory.guest > 0, "no guest memory found in the VMM's mappings");
+    Ok(memory)
+}
+
+/// Guest memory is what the VMM named so, and what it mapped over that from kernel and initramfs.
+fn parse_smaps(smaps: &str) -> Result<Resident> {
+    let (mut guest, mut vmm) = (0, 0);
+    let mut is_guest = false;
+    for line in smaps.lines() {
+        if let Some(kib) = line.strip_prefix("Rss:") {
+            let kib: u64 = kib.trim().trim_end_matches(" kB").parse()?;
+            *(if is_guest { &mut guest } else { &mut vmm }) += kib * KIB;
+        } else if line.split_whitespace().next().is_some_and(|word| word.contains('-')) {
+            is_guest = ["husk-guest", "vmlinux", "initramfs.cpio"].iter().any(|n| line.contains(n));
+        }
+    }
+    Ok(Resident { guest, vmm })
+}
+
+/// Asks the agent for its own resident memory.
+fn agent_rss(control: std::os::fd::OwnedFd) -> Result<u64> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let stream = std::os::unix::net::UnixStream::from(control);
+        stream.set_nonblocking(true)?;
+        let mut stream = Some(TokioIo::new(tokio::net::UnixStream::from_std(stream)?));
+        let connector = tower::service_fn(move |_: Uri| {
+            let stream = stream.take().ok_or_else(|| std::io::Error::other("used already"));
+            async move { stream }
+        });
+        let channel =
+            Endpoint::from_static("http://agent").connect_with_connector(connector).await?;
+        let stats = AgentClient::new(channel).stats(StatsRequest {}).await?.into_inner();
+        Ok(stats.agent_rss)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_told_from_the_vmms_own() {
+        let smaps = "\
+00400000-00500000 r-xp 00000000 08:01 12 /opt/husk/bin/husk-vmm
+Size:               1024 kB
+Rss:                 300 kB
+7f0000000000-7f0010000000 rw-p 00000000 00:00 0 [anon:husk-guest]
+Rss:               20000 kB
+7f0001000000-7f0002000000 rw-p 00200000 08:01 13 /opt/husk/share/vmlinux
+Rss:                4000 kB
+7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]
+Rss:                  16 kB
+VmFlags: rd wr mr
+";
+        let expected = Resident { guest: 24000 * KIB, vmm: 316 * KIB };
+        assert_eq!(parse_smaps(smaps).unwrap(), expected);
+    }
+}
