@@ -12,7 +12,9 @@
 //! [`worker`] (the thread that serves the queues).
 
 pub mod chain;
+pub mod mmio;
 pub mod rng;
+pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]
