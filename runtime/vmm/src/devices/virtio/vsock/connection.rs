@@ -239,11 +239,6 @@ impl Connection {
         self.to_host.len()
     }
 
-    /// Whether the host may read from the connection what the guest has still to send.
-    pub(super) fn host_is_deaf(&self) -> bool {
-        matches!(self.state, State::Open { host: Directions { receive: true, .. }, .. })
-    }
-
     /// epoll's word on the socket.
     pub(super) fn note_readiness(&mut self, readable: bool, writable: bool, hung_up: bool) {
         self.readable |= readable || hung_up;

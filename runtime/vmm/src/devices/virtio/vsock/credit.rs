@@ -126,8 +126,7 @@ mod tests {
     #[test]
     fn counters_wrap() {
         let near_end = u32::MAX - 3;
-        let mut window =
-            ReceiveWindow { received: near_end, forwarded: near_end, told: near_end };
+        let mut window = ReceiveWindow { received: near_end, forwarded: near_end, told: near_end };
         assert!(window.receive(10));
         window.forward(10);
         assert_eq!(window.tell().fwd_cnt, 6);

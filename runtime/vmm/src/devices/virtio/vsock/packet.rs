@@ -331,19 +331,13 @@ mod tests {
     #[test]
     fn truncated_header_cannot_be_answered() {
         let bytes = packet(header(op::RW, 0), &[]);
-        assert_eq!(
-            Packet::parse(&bytes[..43], GUEST),
-            Err(PacketError::NoHeader { held: 43 })
-        );
+        assert_eq!(Packet::parse(&bytes[..43], GUEST), Err(PacketError::NoHeader { held: 43 }));
     }
 
     #[test]
     fn foreign_source_is_not_answered() {
         let bytes = packet(Header { src_cid: 8, ..header(op::RW, 0) }, &[]);
-        assert_eq!(
-            Packet::parse(&bytes, GUEST),
-            Err(PacketError::ForeignSource { src_cid: 8 })
-        );
+        assert_eq!(Packet::parse(&bytes, GUEST), Err(PacketError::ForeignSource { src_cid: 8 }));
     }
 
     #[test]
@@ -356,7 +350,8 @@ mod tests {
         assert_eq!((reset.src_port, reset.dst_port), (52, 1000));
         assert_eq!((reset.op, reset.len), (op::RST, 0));
 
-        let (fault_, reset, key) = fault(&packet(Header { kind: 2, ..header(op::REQUEST, 0) }, &[]));
+        let (fault_, reset, key) =
+            fault(&packet(Header { kind: 2, ..header(op::REQUEST, 0) }, &[]));
         assert_eq!((fault_, key), (PacketFault::Type(2), None));
         assert_eq!(reset.unwrap().kind, 2);
     }

@@ -12,7 +12,8 @@
 //!        |                 (say SHUTDOWN)      | | (say RST, which ends it in order)
 //!        |                                     v |
 //!        |                                Closing|
-//!        |  RST, time-out, violation           | |  RST, or violation
+//!        |  RST, time-out,     RST, time-out,  | |  RST, or a violation
+//!        |  violation          violation       | |
 //!        +------------------> Closed <---------+-+
 //! ```
 
@@ -87,12 +88,12 @@ pub(super) enum Action {
     Discard,
     /// Tell the guest what the host has shut.
     TellShutdown(Directions),
-    /// Everything is over in good order: answer `RST` (virtio 1.2, 5.10.6.5), but let the host have
+    /// Everything is over in good order: send `RST` (virtio 1.2, 5.10.6.5), but let the host have
     /// what it has not read yet.
     ResetAfterShutdown,
     /// The guest ended it. Let the host have what it has not read yet.
     Finish,
-    /// The guest broke the protocol or does not answer: answer `RST` and close at once.
+    /// The guest broke the protocol, or never answered: send `RST` and close at once.
     Abort,
 }
 
@@ -101,7 +102,12 @@ pub(super) fn transition(state: State, event: Event) -> (State, Action) {
     match (state, event) {
         (State::Closed, _) => (State::Closed, Action::None),
         (_, Event::Reset) => (State::Closed, Action::Finish),
-        (_, Event::Expired | Event::Request) => (State::Closed, Action::Abort),
+        (_, Event::Request) => (State::Closed, Action::Abort),
+
+        (State::Connecting, Event::Expired) => (State::Closed, Action::Abort),
+        (State::Open { .. }, Event::Expired) => (state, Action::None),
+        // The guest had everything long ago.
+        (State::Closing, Event::Expired) => (State::Closed, Action::ResetAfterShutdown),
 
         (State::Connecting, Event::Response) => (
             State::Open { guest: Directions::default(), host: Directions::default() },
@@ -224,11 +230,12 @@ mod tests {
         }
         assert_eq!(transition(State::Closing, Event::Data), (State::Closing, Action::Discard));
         assert_eq!(transition(State::Closing, Event::Reset), (State::Closed, Action::Finish));
-        assert_eq!(transition(State::Closing, Event::Expired), (State::Closed, Action::Abort));
-        assert_eq!(
-            transition(State::Closing, Event::GuestShut(Directions::BOTH)),
-            (State::Closed, Action::ResetAfterShutdown)
-        );
+        for event in [Event::Expired, Event::GuestShut(Directions::BOTH)] {
+            assert_eq!(
+                transition(State::Closing, event),
+                (State::Closed, Action::ResetAfterShutdown)
+            );
+        }
     }
 
     #[test]
