@@ -1,6 +1,7 @@
 //! Devices: what the guest sees at I/O ports and in MMIO windows.
 
 pub mod bus;
+pub mod console_log;
 pub mod reset;
 pub mod signal;
 pub mod virtio;

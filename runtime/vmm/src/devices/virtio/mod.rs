@@ -12,6 +12,7 @@
 //! [`worker`] (the thread that serves the queues).
 
 pub mod chain;
+pub mod console;
 pub mod mmio;
 pub mod rng;
 pub mod vsock;

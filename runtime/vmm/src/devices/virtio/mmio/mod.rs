@@ -71,20 +71,6 @@ const VENDOR: u32 = u32::from_le_bytes(*b"husk");
 /// Refused accesses that are logged per device, so that a guest cannot fill the host's log.
 const MAX_LOGGED_REFUSALS: u32 = 16;
 
-/// Why a transport could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum TransportError {
-    /// An eventfd could not be had.
-    #[error("cannot get an eventfd for device {device}")]
-    EventFd {
-        /// The device's name.
-        device: String,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-}
-
 /// One device's MMIO window.
 pub struct MmioTransport {
     memory: GuestMemory,
@@ -105,20 +91,20 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
+    /// Offset of `QueueNotify`, where the ioeventfds of [`MmioTransport::queue_kicks`] go.
+    pub const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
+
     /// A transport in front of `device`. A failure of the host while the device works is reported to
     /// `failure`.
     ///
     /// # Errors
-    /// [`TransportError::EventFd`].
+    /// The host has no eventfd left.
     pub fn new(
         memory: GuestMemory,
         device: Box<dyn VirtioDevice>,
         failure: HostFailure,
-    ) -> Result<Self, TransportError> {
-        let event_fd = || {
-            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-                .map_err(|source| TransportError::EventFd { device: device.name().into(), source })
-        };
+    ) -> io::Result<Self> {
+        let event_fd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let sizes = device.queue_max_sizes();
         let kicks = sizes.iter().map(|_| event_fd()).collect::<Result<_, _>>()?;
         let interrupt = Interrupt::new(event_fd()?, Arc::new(DeviceCounters::default()));
@@ -140,7 +126,7 @@ impl MmioTransport {
     }
 
     /// The eventfd of each queue, in the queues' order. To be registered as ioeventfd at
-    /// [`register::QUEUE_NOTIFY`] in this device's window, 4 bytes long, each with its index as
+    /// [`MmioTransport::QUEUE_NOTIFY`] in this device's window, 4 bytes long, each with its index as
     /// datamatch.
     #[must_use]
     pub fn queue_kicks(&self) -> &[EventFd] {
@@ -155,8 +141,8 @@ impl MmioTransport {
 
     /// The device's counters.
     #[must_use]
-    pub fn counters(&self) -> &Arc<DeviceCounters> {
-        self.interrupt.counters()
+    pub fn counters(&self) -> Arc<DeviceCounters> {
+        self.interrupt.counters().clone()
     }
 
     /// The device's name.
