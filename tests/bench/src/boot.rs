@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use husk_cases::vmm::Vm;
 use husk_proto::agent::StatsRequest;
 use husk_proto::agent::agent_client::AgentClient;
 use husk_vmm_api::Phase;
 use hyper_util::rt::TokioIo;
 use tonic::transport::{Endpoint, Uri};
 
-use crate::husk_vm::HuskVm;
 use crate::pairs::{self, Contender};
 use crate::{Setup, qemu};
 
@@ -21,9 +21,9 @@ const KIB: u64 = 1024;
 pub(crate) fn compare(setup: &Setup) -> Result<Vec<String>> {
     println!("boot: spawn to init's first instruction, {MEMORY_MIB} MiB, 1 vCPU");
     let husk = || -> Result<Duration> {
-        let (mut vm, started) = HuskVm::start(setup, MEMORY_MIB)?;
+        let mut vm = Vm::with_agent(MEMORY_MIB)?.start()?;
         vm.wait_for(Phase::Init)?;
-        Ok(started.elapsed())
+        Ok(vm.started.elapsed())
     };
     let qemu = || qemu::spawn_to_init(setup, MEMORY_MIB);
     let mut contenders = [
@@ -40,7 +40,7 @@ pub(crate) fn weigh(setup: &Setup) -> Result<Vec<String>> {
     println!("weight: a VM with {MEMORY_MIB} MiB whose agent is ready");
     let (mut exits, mut pages, mut rss, mut agent) = (vec![], vec![], vec![], vec![]);
     for round in 1..=setup.rounds.min(5) {
-        let (mut vm, _) = HuskVm::start(setup, MEMORY_MIB)?;
+        let mut vm = Vm::with_agent(MEMORY_MIB)?.start()?;
         vm.wait_for(Phase::AgentReady)?;
         let control = vm.wait_for_control()?;
         let memory = resident(vm.pid())?;

@@ -7,7 +7,6 @@
 //! would. Every line that counts is `figure NAME VALUE UNIT` or `ratio NAME VALUE vs PEER`.
 
 mod boot;
-mod husk_vm;
 mod pairs;
 mod qemu;
 mod run_true;
@@ -16,25 +15,15 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use husk_cases::place;
 
-/// Measures husk against its peers and prints one line for each result.
+/// Measures husk against its peers and prints one line for each result. HUSK_TREE says where the
+/// binaries lie (/opt/husk).
 #[derive(Debug, Parser)]
 struct Options {
     /// Interleaved rounds of each comparison, after one warm-up round.
     #[arg(long, default_value_t = 9)]
     rounds: usize,
-
-    /// Directory with husk, husk-vmm.
-    #[arg(long, default_value = "/opt/husk/bin")]
-    bin: PathBuf,
-
-    /// Directory with vmlinux and initramfs.cpio.
-    #[arg(long, default_value = "/opt/husk/share")]
-    share: PathBuf,
-
-    /// An OCI layout of busybox.
-    #[arg(long, default_value = "/opt/husk/images/busybox")]
-    busybox: PathBuf,
 
     /// Run only the comparison with this name.
     #[arg(long)]
@@ -45,7 +34,6 @@ struct Options {
 pub(crate) struct Setup {
     pub(crate) rounds: usize,
     pub(crate) husk: PathBuf,
-    pub(crate) vmm: PathBuf,
     pub(crate) kernel: PathBuf,
     pub(crate) initramfs: PathBuf,
     pub(crate) busybox: PathBuf,
@@ -55,11 +43,10 @@ fn main() -> Result<()> {
     let options = Options::parse();
     let setup = Setup {
         rounds: options.rounds.max(1),
-        husk: options.bin.join("husk"),
-        vmm: options.bin.join("husk-vmm"),
-        kernel: options.share.join("vmlinux"),
-        initramfs: options.share.join("initramfs.cpio"),
-        busybox: options.busybox,
+        husk: place::program("husk"),
+        kernel: place::kernel(),
+        initramfs: place::initramfs(),
+        busybox: place::tree().join("images/busybox"),
     };
     let wanted = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     let mut results = Vec::new();

@@ -1,0 +1,81 @@
+//! The structure of the workspace: which crate may depend on which, and single versions of the
+//! crates whose types cross our interfaces.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// What each crate of the product may depend on, of our own. Dependencies point one way.
+const ALLOWED: [(&str, &[&str]); 7] = [
+    ("husk", &["husk-engine", "husk-image"]),
+    ("husk-engine", &["husk-image", "husk-proto", "husk-vmm-api"]),
+    ("husk-image", &[]),
+    ("husk-vmm", &["husk-proto", "husk-vmm-api"]),
+    ("husk-vmm-api", &[]),
+    ("husk-proto", &[]),
+    ("husk-agent", &["husk-proto"]),
+];
+
+/// Two versions of one of these in the tree, and types that should be the same are not.
+const SINGLE: [&str; 7] =
+    ["vm-memory", "vmm-sys-util", "kvm-bindings", "tonic", "prost", "oci-spec", "rustls"];
+
+fn metadata() -> Value {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--locked"])
+        .args(["--filter-platform", "x86_64-unknown-linux-gnu"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo metadata runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON")
+}
+
+fn names_of(dependencies: &Value) -> BTreeSet<String> {
+    dependencies
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|d| d["kind"].is_null())
+        .filter_map(|d| d["name"].as_str().map(str::to_owned))
+        .collect()
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    let metadata = metadata();
+    let packages = metadata["packages"].as_array().expect("packages");
+    let own: BTreeMap<&str, &Value> = packages
+        .iter()
+        .filter(|p| p["source"].is_null())
+        .filter_map(|p| Some((p["name"].as_str()?, p)))
+        .collect();
+    for (name, allowed) in ALLOWED {
+        let package = own.get(name).unwrap_or_else(|| panic!("crate {name} is gone"));
+        for dependency in names_of(&package["dependencies"]) {
+            if own.contains_key(dependency.as_str()) {
+                assert!(
+                    allowed.contains(&dependency.as_str()),
+                    "{name} depends on {dependency}; allowed are {allowed:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn crates_whose_types_we_share_are_there_once() {
+    let metadata = metadata();
+    let mut versions: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for package in metadata["packages"].as_array().expect("packages") {
+        if let (Some(name), Some(version)) = (package["name"].as_str(), package["version"].as_str())
+        {
+            versions.entry(name).or_default().insert(version);
+        }
+    }
+    for name in SINGLE {
+        let found = versions.get(name).cloned().unwrap_or_default();
+        assert_eq!(found.len(), 1, "{name} is there as {found:?}");
+    }
+}
