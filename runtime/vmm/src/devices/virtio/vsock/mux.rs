@@ -306,7 +306,8 @@ impl Mux {
             tracing::debug!(key = ?connection.key, len, "the guest sent more than it had credit for");
             return self.abort(id, sink);
         }
-        match connection.step(Event::Data) {
+        let action = step(connection, Event::Data, sink);
+        match action {
             Action::Deliver => {
                 let delivered = connection.deliver(data);
                 self.after_flush(id, delivered, sink, now);
@@ -315,7 +316,7 @@ impl Mux {
                 connection.discard(len);
                 self.enqueue(id);
             }
-            action => self.act(id, action, sink, now),
+            _ => self.act(id, action, sink, now),
         }
     }
 
@@ -348,13 +349,7 @@ impl Mux {
     /// Moves a connection on.
     fn advance(&mut self, id: ConnectionId, event: Event, sink: &mut dyn HostSink, now: Instant) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
-        let was = connection.state();
-        let action = connection.step(event);
-        if let (State::Connecting, State::Closed, Origin::Host(request)) =
-            (was, connection.state(), connection.origin)
-        {
-            sink.refused(request, refusal(event));
-        }
+        let action = step(connection, event, sink);
         self.act(id, action, sink, now);
     }
 
@@ -392,7 +387,7 @@ impl Mux {
     /// Closes a connection at once and tells the guest.
     fn abort(&mut self, id: ConnectionId, sink: &mut dyn HostSink) {
         let Some(connection) = self.forget(id) else { return };
-        // Through `advance` the state is `Closed` and the host has been told.
+        // After `step` the state is `Closed` and the host has been told.
         if let (State::Connecting, Origin::Host(request)) = (connection.state(), connection.origin)
         {
             sink.refused(request, "the guest broke the protocol");
@@ -482,6 +477,18 @@ impl AsFd for Mux {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.sockets.as_fd()
     }
+}
+
+/// Moves a connection's state on, and tells the host if its connect came to nothing.
+fn step(connection: &mut Connection, event: Event, sink: &mut dyn HostSink) -> Action {
+    let was = connection.state();
+    let action = connection.step(event);
+    if let (State::Connecting, State::Closed, Origin::Host(request)) =
+        (was, connection.state(), connection.origin)
+    {
+        sink.refused(request, refusal(event));
+    }
+    action
 }
 
 /// Why a connection of the host's did not come about.
