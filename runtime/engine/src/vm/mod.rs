@@ -1,0 +1,324 @@
+//! A pod's virtual machine, seen from the pod's process: the `husk-vmm` child and the protocol
+//! with it.
+//!
+//! [`Vm`] is the handle. Behind it are a thread that is the parent of the VMM's process
+//! ([`process`]) and a task that turns the VMM's events into what the handle offers ([`driver`]).
+//! However the VM ends, also by a SIGKILL of its process, [`Vm::exited`] says so and why.
+
+pub mod assets;
+mod driver;
+pub mod kvm;
+mod process;
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use husk_vmm_api::{
+    Channel, ChannelError, Counters, DiskConfig, Exit, FdIndex, Phase, VmConfig, VsockConfig,
+};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// How long a VMM that was asked to stop, or that closed its control socket, may take to exit
+/// before it is killed.
+const EXIT_GRACE: Duration = Duration::from_secs(5);
+
+/// The guest's context ID. vsock lives in the VMM, so it has no meaning outside of one VM.
+const GUEST_CID: u64 = 3;
+
+/// Why something could not be done with a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The VMM's executable is not there.
+    #[error(
+        "the VMM {path} does not exist; install husk-vmm beside husk, or name it with --vmm or \
+         HUSK_VMM"
+    )]
+    NoVmm {
+        /// Where it was expected.
+        path: PathBuf,
+    },
+    /// The VMM's process could not be started.
+    #[error("cannot start the VMM {path}")]
+    Spawn {
+        /// The executable.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The control socket failed.
+    #[error("the control socket of the VMM failed")]
+    Control(#[from] ChannelError),
+    /// The control socket could not be watched.
+    #[error("cannot watch the control socket of the VMM")]
+    Watch(#[source] std::io::Error),
+    /// The VM has ended.
+    #[error("the VM has ended: {0}")]
+    Ended(Arc<VmExit>),
+}
+
+/// A disk of a VM: an open image.
+#[derive(Debug)]
+pub struct Disk {
+    /// By what the guest knows it.
+    pub serial: String,
+    /// The image, opened with the access that `read_only` says.
+    pub image: OwnedFd,
+    /// Whether the guest may write.
+    pub read_only: bool,
+}
+
+/// What a VM is made from.
+#[derive(Debug)]
+pub struct VmSpec {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// `/dev/kvm`, open.
+    pub kvm: OwnedFd,
+    /// The guest kernel, open.
+    pub kernel: OwnedFd,
+    /// The initial RAM file system, open.
+    pub initramfs: OwnedFd,
+    /// Where the guest kernel's log goes.
+    pub console: OwnedFd,
+    /// Its disks.
+    pub disks: Vec<Disk>,
+}
+
+impl VmSpec {
+    /// The message that describes it, and the descriptors to which that refers.
+    fn into_boot(self) -> (Box<VmConfig>, Vec<OwnedFd>) {
+        let mut fds = Vec::new();
+        let mut refer = |fd: OwnedFd| {
+            fds.push(fd);
+            // At most MAX_DISKS + 4 of them.
+            FdIndex(u32::try_from(fds.len() - 1).unwrap_or(u32::MAX))
+        };
+        let config = VmConfig {
+            vcpus: self.vcpus,
+            memory_mib: self.memory_mib,
+            kvm: refer(self.kvm),
+            kernel: refer(self.kernel),
+            initramfs: Some(refer(self.initramfs)),
+            cmdline: String::new(),
+            console: Some(refer(self.console)),
+            serial_console: false,
+            disks: self
+                .disks
+                .into_iter()
+                .map(|disk| DiskConfig {
+                    serial: disk.serial,
+                    fd: refer(disk.image),
+                    read_only: disk.read_only,
+                })
+                .collect(),
+            vsock: Some(VsockConfig { guest_cid: GUEST_CID }),
+        };
+        (Box::new(config), fds)
+    }
+}
+
+/// How a VM ended, as far as the pod's process can know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VmExit {
+    /// As the VMM told.
+    Reported(Exit),
+    /// The VMM's process ended without a word.
+    Died {
+        /// How it ended; `None` if it could not be learned.
+        status: Option<ExitStatus>,
+        /// The last that it wrote to its standard error.
+        stderr_tail: String,
+    },
+}
+
+impl std::fmt::Display for VmExit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            VmExit::Reported(exit) => exit.fmt(f),
+            VmExit::Died { status, stderr_tail } => {
+                match status {
+                    Some(status) => write!(f, "the VMM's process ended without a report ({status})")?,
+                    None => f.write_str("the VMM's process ended without a report")?,
+                }
+                if !stderr_tail.is_empty() {
+                    write!(f, "; the last that it wrote:\n{stderr_tail}")?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// What the handle and the driver share. Locks are held for moments, never across an await.
+#[derive(Debug, Default)]
+struct Shared {
+    /// Who waits for the guest to connect to which host port.
+    accepts: Mutex<HashMap<u32, oneshot::Sender<UnixStream>>>,
+    /// Who waits for counters, first come first served.
+    counters: Mutex<VecDeque<oneshot::Sender<Counters>>>,
+    /// When which phase was reached, in ns of `CLOCK_MONOTONIC`; each phase once.
+    phases: Mutex<Vec<(Phase, u64)>>,
+}
+
+/// A lock whose holder panicked is still good here: every critical section is one operation of a
+/// collection.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A request to the VMM and the descriptors that go with it.
+type Command = (husk_vmm_api::Request, Vec<OwnedFd>);
+
+/// The handle of a VM. When the last clone is dropped, the VMM is killed.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    shared: Arc<Shared>,
+    commands: mpsc::UnboundedSender<Command>,
+    exit: watch::Receiver<Option<Arc<VmExit>>>,
+    pid: u32,
+}
+
+impl Vm {
+    /// Starts the VMM's process; it waits for [`Vm::boot`]. Does not block.
+    ///
+    /// The process is this process's child: it is killed when this process ends, however that
+    /// happens. It has nothing from here but its end of the control socket.
+    ///
+    /// # Errors
+    /// [`VmError::NoVmm`], [`VmError::Spawn`], [`VmError::Control`], [`VmError::Watch`].
+    pub async fn spawn(program: &Path) -> Result<Vm, VmError> {
+        let (ours, theirs) = Channel::pair()?;
+        let process = process::spawn(program, theirs.into_fd()).await?;
+        Vm::drive(ours, process)
+    }
+
+    /// Takes over a VMM of which this is the control socket.
+    fn drive(control: Channel, process: process::VmmProcess) -> Result<Vm, VmError> {
+        let shared = Arc::new(Shared::default());
+        let (commands, queue) = mpsc::unbounded_channel();
+        let (exit, exited) = watch::channel(None);
+        let pid = process.pid();
+        let driver = driver::Driver::new(control, process, shared.clone(), exit)?;
+        tokio::spawn(driver.run(queue));
+        Ok(Vm { shared, commands, exit: exited, pid })
+    }
+
+    /// The VMM's process ID.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Has the VMM build the VM and run it. Does not wait for it: what comes of it is told by
+    /// [`Vm::accept`] and [`Vm::exited`].
+    pub fn boot(&self, spec: VmSpec) {
+        let (config, fds) = spec.into_boot();
+        self.send(husk_vmm_api::Request::Boot(config), fds);
+    }
+
+    /// A command to a driver that is gone is one to a VM that is gone: `exited` has said so.
+    fn send(&self, request: husk_vmm_api::Request, fds: Vec<OwnedFd>) {
+        if self.commands.send((request, fds)).is_err() {
+            tracing::debug!("the VM is gone already");
+        }
+    }
+
+    /// Registers interest in the guest's next connection to a port of the host. Connections to
+    /// ports without interest are closed.
+    #[must_use]
+    pub fn accept(&self, port: u32) -> Accept {
+        let (sender, connection) = oneshot::channel();
+        lock(&self.shared.accepts).insert(port, sender);
+        Accept { port, connection, vm: self.clone() }
+    }
+
+    /// When which phase of the start was reached, in ns of `CLOCK_MONOTONIC`.
+    #[must_use]
+    pub fn phases(&self) -> Vec<(Phase, u64)> {
+        lock(&self.shared.phases).clone()
+    }
+
+    /// What the VM did so far.
+    ///
+    /// # Errors
+    /// [`VmError::Ended`].
+    pub async fn counters(&self) -> Result<Counters, VmError> {
+        let (sender, answer) = oneshot::channel();
+        lock(&self.shared.counters).push_back(sender);
+        self.send(husk_vmm_api::Request::Counters, Vec::new());
+        tokio::select! {
+            exit = self.exited() => Err(VmError::Ended(exit)),
+            Ok(counters) = answer => Ok(counters),
+        }
+    }
+
+    /// Waits for the end of the VM and says how it came.
+    pub async fn exited(&self) -> Arc<VmExit> {
+        let mut exit = self.exit.clone();
+        let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
+        // Without a driver (its runtime is shutting down) nothing more can be learned.
+        ended.unwrap_or_else(|| {
+            Arc::new(VmExit::Died { status: None, stderr_tail: String::new() })
+        })
+    }
+
+    /// Ends the VM now, without telling the guest: asks the VMM, and kills its process if it does
+    /// not follow within five seconds.
+    pub async fn kill(&self) -> Arc<VmExit> {
+        self.send(husk_vmm_api::Request::Stop, Vec::new());
+        self.exited().await
+    }
+}
+
+/// The next connection of the guest to one port. Dropping it withdraws the interest.
+#[derive(Debug)]
+pub struct Accept {
+    port: u32,
+    connection: oneshot::Receiver<UnixStream>,
+    vm: Vm,
+}
+
+impl Accept {
+    /// Waits for the connection, without a limit: as long as the VM lives it can come.
+    ///
+    /// # Errors
+    /// [`VmError::Ended`].
+    pub async fn connected(mut self) -> Result<UnixStream, VmError> {
+        let vm = self.vm.clone();
+        tokio::select! {
+            // A connection that has come is good even if the VM has ended since: it holds what
+            // the guest had sent.
+            biased;
+            Ok(stream) = &mut self.connection => Ok(stream),
+            exit = vm.exited() => Err(VmError::Ended(exit)),
+        }
+    }
+}
+
+impl Drop for Accept {
+    fn drop(&mut self) {
+        // Whoever registered the port anew has replaced the entry; that one is not closed.
+        self.connection.close();
+        let mut accepts = lock(&self.vm.shared.accepts);
+        if accepts.get(&self.port).is_some_and(oneshot::Sender::is_closed) {
+            accepts.remove(&self.port);
+        }
+    }
+}
+
+/// Borrows every descriptor of a command.
+fn borrow(fds: &[OwnedFd]) -> Vec<std::os::fd::BorrowedFd<'_>> {
+    fds.iter().map(AsFd::as_fd).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
+mod tests;

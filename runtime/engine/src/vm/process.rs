@@ -1,0 +1,230 @@
+//! The VMM's process: how it is started, watched and ended.
+#![allow(unsafe_code)] // what must happen between fork and exec: see `prepare_child`
+
+use std::collections::VecDeque;
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::sync::oneshot;
+
+use super::{VmError, lock};
+
+/// The descriptor at which the VMM finds its control socket.
+const CONTROL_FD: RawFd = 3;
+
+/// How much of the VMM's standard error is kept, in bytes: its end.
+const STDERR_TAIL: usize = 16 * 1024;
+
+/// Stack of the thread that is the VMM's parent. It reads and waits, no more.
+const THREAD_STACK: usize = 256 * 1024;
+
+/// The variables of the environment that the VMM gets.
+const KEPT_ENV: [&str; 1] = ["HUSK_LOG"];
+
+/// The VMM's process. Killed when this is dropped.
+#[derive(Debug)]
+pub(super) struct VmmProcess {
+    pid: u32,
+    pidfd: OwnedFd,
+    ended: oneshot::Receiver<ExitStatus>,
+    stderr: Arc<Mutex<Tail>>,
+}
+
+/// Starts the VMM with `control` as its descriptor 3 and no other but the standard three.
+pub(super) async fn spawn(program: &Path, control: OwnedFd) -> Result<VmmProcess, VmError> {
+    let failed = |source| VmError::Spawn { path: program.to_owned(), source };
+    let (report, started) = oneshot::channel();
+    let path = program.to_owned();
+    // A thread of its own, because the parent-death signal is sent when the *thread* that forked
+    // ends: it must live exactly as long as the process.
+    std::thread::Builder::new()
+        .name("husk-vmm-parent".into())
+        .stack_size(THREAD_STACK)
+        .spawn(move || parent(&path, control, report))
+        .map_err(failed)?;
+    match started.await {
+        Ok(Ok(process)) => Ok(process),
+        Ok(Err(source)) if source.kind() == std::io::ErrorKind::NotFound => {
+            Err(VmError::NoVmm { path: program.to_owned() })
+        }
+        Ok(Err(source)) => Err(failed(source)),
+        Err(_) => Err(failed(std::io::Error::other("its parent thread panicked"))),
+    }
+}
+
+/// The thread that starts the process, keeps the end of what it writes, and reaps it.
+fn parent(
+    program: &Path,
+    control: OwnedFd,
+    report: oneshot::Sender<std::io::Result<VmmProcess>>,
+) {
+    let stderr = Arc::new(Mutex::new(Tail::default()));
+    let (report_end, ended) = oneshot::channel();
+    let started = start(program, control).and_then(|(child, pidfd)| {
+        let pid = child.id();
+        Ok((child, VmmProcess { pid, pidfd, ended, stderr: stderr.clone() }))
+    });
+    let mut child = match started {
+        Ok((child, process)) => {
+            // If nobody listens any more, the process was dropped with the answer, and so killed.
+            drop(report.send(Ok(process)));
+            child
+        }
+        Err(source) => {
+            drop(report.send(Err(source)));
+            return;
+        }
+    };
+    if let Some(pipe) = child.stderr.take() {
+        keep_tail(pipe, &stderr);
+    }
+    match child.wait() {
+        // If nobody listens any more, the VM's end is known already.
+        Ok(status) => drop(report_end.send(status)),
+        Err(error) => tracing::warn!(%error, "cannot wait for the VMM's process"),
+    }
+}
+
+fn start(program: &Path, control: OwnedFd) -> std::io::Result<(Child, OwnedFd)> {
+    // Either this takes descriptor 3, or 3 is in use: what `Command` makes for itself cannot then
+    // be at 3, where the child would overwrite it.
+    let control = rustix::io::fcntl_dupfd_cloexec(&control, CONTROL_FD)?;
+    let mut command = Command::new(program);
+    command
+        .arg("--control-fd")
+        .arg(CONTROL_FD.to_string())
+        .env_clear()
+        .envs(KEPT_ENV.iter().filter_map(|name| std::env::var_os(name).map(|value| (name, value))))
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        // Not in the terminal's foreground group: a Ctrl-C is for us, and we decide what it does.
+        .process_group(0);
+    prepare_child(&mut command, control.as_raw_fd());
+    let mut child = command.spawn()?;
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    let pidfd = pid.ok_or(rustix::io::Errno::SRCH).and_then(|pid| {
+        // The child is not reaped before `wait`, so this is it and no other process.
+        pidfd_open(pid, PidfdFlags::empty())
+    });
+    match pidfd {
+        Ok(pidfd) => Ok((child, pidfd)),
+        Err(errno) => {
+            child.kill()?;
+            child.wait()?;
+            Err(errno.into())
+        }
+    }
+}
+
+/// What the child does between fork and exec: it arranges to die with its parent, and takes its
+/// control socket to the agreed place, and nothing else.
+fn prepare_child(command: &mut Command, control: RawFd) {
+    // SAFETY: getpid cannot fail and has no preconditions.
+    let parent = unsafe { libc::getpid() };
+    let prepare = move || {
+        let kill = libc::c_ulong::try_from(libc::SIGKILL).unwrap_or(9);
+        // SAFETY: these are system calls on integers. They are async-signal-safe, as is required
+        // between fork and exec; nothing here allocates or takes a lock.
+        unsafe {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, kill, 0, 0, 0) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            // The parent may have died before the signal was asked for.
+            if libc::getppid() != parent {
+                return Err(std::io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            let kept = if control == CONTROL_FD {
+                libc::fcntl(CONTROL_FD, libc::F_SETFD, 0)
+            } else {
+                libc::dup2(control, CONTROL_FD)
+            };
+            if kept < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            // What we inherited ourselves need not be close-on-exec. (Not closed at once: `spawn`
+            // still has to report a failing exec.)
+            let flags = libc::CLOSE_RANGE_CLOEXEC.cast_signed();
+            if libc::close_range(4, libc::c_uint::MAX, flags) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the closure only does what is allowed between fork and exec, see there. `control`
+    // is open until the spawn is over: `start` owns it.
+    unsafe { command.pre_exec(prepare) };
+}
+
+/// Reads to the end of the file and keeps the last of it.
+fn keep_tail(mut pipe: impl Read, tail: &Mutex<Tail>) {
+    let mut buffer = [0; 4096];
+    loop {
+        match pipe.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(n) => {
+                let bytes = buffer.get(..n).unwrap_or_default();
+                tracing::debug!(target: "husk_vmm", "{}", String::from_utf8_lossy(bytes).trim_end());
+                lock(tail).push(bytes);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                tracing::warn!(%error, "cannot read what the VMM writes");
+                return;
+            }
+        }
+    }
+}
+
+/// The last [`STDERR_TAIL`] bytes of a stream.
+#[derive(Debug, Default)]
+struct Tail(VecDeque<u8>);
+
+impl Tail {
+    fn push(&mut self, bytes: &[u8]) {
+        self.0.extend(bytes);
+        let excess = self.0.len().saturating_sub(STDERR_TAIL);
+        self.0.drain(..excess);
+    }
+
+    fn text(&self) -> String {
+        let bytes: Vec<u8> = self.0.iter().copied().collect();
+        String::from_utf8_lossy(&bytes).trim_end().to_owned()
+    }
+}
+
+impl VmmProcess {
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Waits for the process's end; `None` if it cannot be learned.
+    pub(super) async fn ended(&mut self) -> Option<ExitStatus> {
+        (&mut self.ended).await.ok()
+    }
+
+    /// The last that the process wrote to its standard error.
+    pub(super) fn stderr_tail(&self) -> String {
+        lock(&self.stderr).text()
+    }
+
+    /// Kills the process, if it still lives.
+    pub(super) fn kill(&self) {
+        match pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(errno) => tracing::warn!(%errno, "cannot kill the VMM's process"),
+        }
+    }
+}
+
+impl Drop for VmmProcess {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

@@ -1,0 +1,167 @@
+//! The handle and the driver against a stand-in for the VMM: a process of a shell script, and the
+//! other end of the control socket in the test's hands.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use husk_vmm_api::{Event, Request};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::*;
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata").join(name)
+}
+
+/// A VM whose process is silent, and the VMM's end of its control socket (which blocks).
+async fn vm_in_hand() -> (Vm, Channel) {
+    let (ours, theirs) = Channel::pair().unwrap();
+    // The process gets a socket too, but it is another.
+    let (_, unused) = Channel::pair().unwrap();
+    let process = process::spawn(&script("vmm-silent"), unused.into_fd()).await.unwrap();
+    (Vm::drive(ours, process).unwrap(), theirs)
+}
+
+fn connection(vmm: &Channel, port: u32) -> std::os::unix::net::UnixStream {
+    let (guest, host) = std::os::unix::net::UnixStream::pair().unwrap();
+    let event = Event::VsockAccepted { port, guest_port: 9, fd: FdIndex(0) };
+    vmm.send(&event, &[host.as_fd()]).unwrap();
+    guest
+}
+
+#[tokio::test]
+async fn the_vmm_gets_a_control_socket_at_3_and_nothing_else() {
+    let vm = Vm::spawn(&script("vmm-inspects")).await.unwrap();
+    match &*vm.exited().await {
+        VmExit::Died { status: Some(status), stderr_tail } => {
+            assert!(status.success(), "{status}: {stderr_tail}");
+        }
+        other => panic!("{other}"),
+    }
+}
+
+#[tokio::test]
+async fn a_vmm_that_is_killed_is_told_with_its_signal_and_last_words() {
+    let vm = Vm::spawn(&script("vmm-killed")).await.unwrap();
+    let exit = vm.exited().await.to_string();
+    assert!(exit.contains("signal: 9"), "{exit}");
+    assert!(exit.contains("last words"), "{exit}");
+    assert!(matches!(vm.counters().await, Err(VmError::Ended(_))));
+    assert!(matches!(vm.accept(1).connected().await, Err(VmError::Ended(_))));
+}
+
+#[tokio::test]
+async fn a_vmm_that_does_not_exist_or_is_no_program_is_an_error() {
+    assert!(matches!(Vm::spawn(Path::new("/nonexistent")).await, Err(VmError::NoVmm { .. })));
+    assert!(matches!(Vm::spawn(Path::new("/etc/passwd")).await, Err(VmError::Spawn { .. })));
+}
+
+#[tokio::test]
+async fn a_vmm_that_ignores_stop_is_killed() {
+    let vm = Vm::spawn(&script("vmm-silent")).await.unwrap();
+    tokio::time::pause();
+    assert_eq!(*vm.kill().await, VmExit::Reported(Exit::Stopped));
+}
+
+#[tokio::test]
+async fn dropping_the_last_handle_kills_the_process() {
+    let vm = Vm::spawn(&script("vmm-silent")).await.unwrap();
+    let (pid, mut exit) = (vm.pid(), vm.exit.clone());
+    drop(vm);
+    exit.wait_for(Option::is_some).await.unwrap();
+    assert!(!Path::new("/proc").join(pid.to_string()).join("exe").exists());
+}
+
+#[tokio::test]
+async fn boot_sends_the_configuration_with_every_descriptor() {
+    let (vm, vmm) = vm_in_hand().await;
+    let file = |text: &str| -> OwnedFd {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        std::io::Seek::rewind(&mut file).unwrap();
+        file.into()
+    };
+    vm.boot(VmSpec {
+        vcpus: 2,
+        memory_mib: 128,
+        kvm: file("kvm"),
+        kernel: file("kernel"),
+        initramfs: file("initramfs"),
+        console: file("console"),
+        disks: vec![Disk { serial: "scratch".into(), image: file("disk"), read_only: false }],
+    });
+    let mut boot = tokio::task::spawn_blocking(move || vmm.receive::<Request>().unwrap().unwrap())
+        .await
+        .unwrap();
+    let Request::Boot(config) = boot.message.clone() else { panic!("{:?}", boot.message) };
+    assert_eq!((config.vcpus, config.memory_mib), (2, 128));
+    let mut text = |index| {
+        let mut text = String::new();
+        std::fs::File::from(boot.take_fd(index).unwrap()).read_to_string(&mut text).unwrap();
+        text
+    };
+    assert_eq!(text(config.kvm), "kvm");
+    assert_eq!(text(config.kernel), "kernel");
+    assert_eq!(text(config.initramfs.unwrap()), "initramfs");
+    assert_eq!(text(config.console.unwrap()), "console");
+    assert_eq!(config.disks[0].serial, "scratch");
+    assert_eq!(text(config.disks[0].fd), "disk");
+}
+
+#[tokio::test]
+async fn connections_go_to_who_waits_for_their_port_and_others_are_closed() {
+    let (vm, vmm) = vm_in_hand().await;
+    let (first, second) = (vm.accept(5), vm.accept(6));
+    let mut stranger = connection(&vmm, 7);
+    let mut guest = connection(&vmm, 6);
+    let mut stream = second.connected().await.unwrap();
+    stream.write_all(b"to the guest").await.unwrap();
+    let mut text = [0; 12];
+    guest.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"to the guest");
+    assert_eq!(stranger.read(&mut text).unwrap(), 0, "closed");
+    drop(first);
+    assert!(lock(&vm.shared.accepts).is_empty());
+    let mut late = connection(&vmm, 5);
+    let again = vm.accept(6);
+    connection(&vmm, 6).write_all(b"x").unwrap();
+    assert_eq!(again.connected().await.unwrap().read_u8().await.unwrap(), b'x');
+    assert_eq!(late.read(&mut text).unwrap(), 0, "interest was withdrawn");
+}
+
+#[tokio::test]
+async fn a_registration_that_replaced_another_outlives_it() {
+    let (vm, vmm) = vm_in_hand().await;
+    let old = vm.accept(5);
+    let new = vm.accept(5);
+    drop(old);
+    let _guest = connection(&vmm, 5);
+    new.connected().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_was_reported_before_the_end_counts() {
+    let (vm, vmm) = vm_in_hand().await;
+    let exit = Exit::Panic { log_tail: "Oops".into() };
+    vmm.send(&Event::Phase { phase: Phase::Kvm, at_ns: 17 }, &[]).unwrap();
+    vmm.send(&Event::Phase { phase: Phase::Kvm, at_ns: 99 }, &[]).unwrap();
+    vmm.send(&serde_json::json!("gibberish"), &[]).unwrap();
+    vmm.send(&Event::Exited(exit.clone()), &[]).unwrap();
+    drop(vmm);
+    assert_eq!(*vm.exited().await, VmExit::Reported(exit));
+    assert_eq!(vm.phases(), [(Phase::Kvm, 17)]);
+}
+
+#[tokio::test]
+async fn counters_are_answered_to_who_asked() {
+    let (vm, vmm) = vm_in_hand().await;
+    let answer = std::thread::spawn(move || {
+        assert_eq!(vmm.receive::<Request>().unwrap().unwrap().message, Request::Counters);
+        let counters = Counters { io_exits_at_agent_ready: Some(3), ..Counters::default() };
+        vmm.send(&Event::Counters(Box::new(counters)), &[]).unwrap();
+        vmm
+    });
+    assert_eq!(vm.counters().await.unwrap().io_exits_at_agent_ready, Some(3));
+    answer.join().unwrap();
+}
