@@ -1,0 +1,1 @@
+//! Test binaries in the test host.
