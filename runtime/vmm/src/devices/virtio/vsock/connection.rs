@@ -144,6 +144,7 @@ impl Connection {
             Action::None
             | Action::Deliver
             | Action::Discard
+            | Action::Drain
             | Action::ResetAfterShutdown
             | Action::Finish
             | Action::Abort => {}
@@ -255,7 +256,7 @@ impl Connection {
     pub(super) fn carries_to_guest(&self) -> bool {
         match self.state {
             State::Open { guest, host } => !guest.receive && !host.send,
-            State::Connecting | State::Closing | State::Closed => false,
+            State::Connecting | State::Closing | State::Draining | State::Closed => false,
         }
     }
 

@@ -246,6 +246,7 @@ impl VsockHandler {
 
     /// The multiplexer's packets, into the receive queue's buffers.
     fn give_packets(&mut self, link: &mut HostLink, now: Instant) -> Result<Progress, GuestFault> {
+        self.rx.disable_notification()?;
         let mut progress = Progress::More;
         for _ in 0..SERVE_BUDGET {
             if !self.mux.stage(link.sink.as_mut(), now) {
@@ -258,7 +259,6 @@ impl VsockHandler {
                 break;
             };
             fill(chain, &mut self.mux)?;
-            self.rx.disable_notification()?;
         }
         self.rx.notify()?;
         Ok(progress)

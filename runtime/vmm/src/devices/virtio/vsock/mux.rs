@@ -181,6 +181,10 @@ impl Mux {
         let expired: Vec<_> =
             self.connections.iter().filter(|(_, c)| late(c)).map(|(id, _)| *id).collect();
         for id in expired {
+            // Once: a deadline that stays in the past would have the timer ring without end.
+            if let Some(connection) = self.connections.get_mut(&id) {
+                connection.deadline = None;
+            }
             self.advance(id, Event::Expired, sink, now);
         }
         self.next_deadline = self.connections.values().filter_map(|c| c.deadline).min();
@@ -333,17 +337,18 @@ impl Mux {
         if deaf {
             connection.drop_pending();
         }
-        if connection.state() == State::Closed {
-            if !connection.has_pending() {
-                self.finish(id);
+        match connection.state() {
+            State::Closed | State::Draining if connection.has_pending() => {}
+            State::Closed => self.finish(id),
+            State::Draining => self.advance(id, Event::Drained, sink, now),
+            _ => {
+                if deaf {
+                    let directions = Directions { send: false, receive: true };
+                    self.advance(id, Event::HostShut(directions), sink, now);
+                }
+                self.enqueue(id);
             }
-            return;
         }
-        if deaf {
-            let directions = Directions { send: false, receive: true };
-            self.advance(id, Event::HostShut(directions), sink, now);
-        }
-        self.enqueue(id);
     }
 
     /// Moves a connection on.
@@ -374,6 +379,8 @@ impl Mux {
                 }
                 self.enqueue(id);
             }
+            Action::Drain if connection.has_pending() => self.enqueue(id),
+            Action::Drain => self.advance(id, Event::Drained, sink, now),
             Action::ResetAfterShutdown => {
                 let key = connection.key;
                 self.push_reset(key);

@@ -1,20 +1,20 @@
 //! The life of a connection: one enum and one total, pure [`transition`].
 //!
 //! ```text
-//!   host connects                     guest connects, host takes it
-//!        |                                       |
-//!        v          RESPONSE                     v
-//!   Connecting ---------------------------->   Open  <--+  SHUTDOWN by the guest or end of the
-//!        |                                     | | |    |  host's socket, one direction:
-//!        |                                     | | +----+  remembered, the other goes on
-//!        |                                     | |
-//!        |                 both directions over| | both directions shut by the guest:
-//!        |                 (say SHUTDOWN)      | | (say RST, which ends it in order)
-//!        |                                     v |
-//!        |                                Closing|
-//!        |  RST, time-out,     RST, time-out,  | |  RST, or a violation
-//!        |  violation          violation       | |
-//!        +------------------> Closed <---------+-+
+//!   host connects                      guest connects, host takes it
+//!        |                                        |
+//!        v           RESPONSE                     v
+//!   Connecting ----------------------------->   Open  <--+  SHUTDOWN by the guest, or end of the
+//!        |                                      |  | |   |  host's socket, in one direction:
+//!        |          both directions over        |  | +---+  remembered, the other goes on
+//!        |          (say SHUTDOWN)              |  |
+//!        |                        +-------------+  |  SHUTDOWN of both by the guest
+//!        |                        v                v
+//!        |                     Closing -------> Draining
+//!        |  RST, time-out,        |  RST,          |  the host has the last byte (say RST);
+//!        |  violation             |  time-out,     |  RST, violation
+//!        v                        v  violation     v
+//!      Closed <-------------------+----------------+
 //! ```
 
 /// What one side of a connection is done with.
@@ -49,6 +49,9 @@ pub(super) enum State {
     /// Nothing is left to be carried and the guest was told; its `RST` is awaited for a bounded
     /// time, since it may still be reading what it has.
     Closing,
+    /// The guest has shut both directions. It is told `RST` once the host has taken its last byte, so
+    /// that a guest that waits for it (`SO_LINGER`) may then power off and lose nothing.
+    Draining,
     /// The guest knows no such connection any more.
     Closed,
 }
@@ -71,6 +74,8 @@ pub(super) enum Event {
     /// The host's process closed its socket, or a direction of it; everything that it had written
     /// in a direction that it has shut was passed on.
     HostShut(Directions),
+    /// Nothing of the guest's waits for the host (any more).
+    Drained,
     /// The time for the guest's answer is over.
     Expired,
 }
@@ -88,6 +93,8 @@ pub(super) enum Action {
     Discard,
     /// Tell the guest what the host has shut.
     TellShutdown(Directions),
+    /// Say [`Event::Drained`] as soon as it is so.
+    Drain,
     /// Everything is over in good order: send `RST` (virtio 1.2, 5.10.6.5), but let the host have
     /// what it has not read yet.
     ResetAfterShutdown,
@@ -105,8 +112,8 @@ pub(super) fn transition(state: State, event: Event) -> (State, Action) {
         (_, Event::Request) => (State::Closed, Action::Abort),
 
         (State::Connecting, Event::Expired) => (State::Closed, Action::Abort),
-        (State::Open { .. }, Event::Expired) => (state, Action::None),
-        // The guest had everything long ago.
+        (State::Open { .. } | State::Draining, Event::Expired) => (state, Action::None),
+        // The guest has everything; what the host has not, it still gets.
         (State::Closing, Event::Expired) => (State::Closed, Action::ResetAfterShutdown),
 
         (State::Connecting, Event::Response) => (
@@ -114,16 +121,18 @@ pub(super) fn transition(state: State, event: Event) -> (State, Action) {
             Action::Connected,
         ),
         // Nothing is read from the host before the guest has answered, and so no end is seen.
-        (State::Connecting, Event::HostShut(_)) => (State::Connecting, Action::None),
+        (State::Connecting, Event::HostShut(_) | Event::Drained) => (state, Action::None),
         (State::Connecting, Event::Data | Event::Credit | Event::GuestShut(_)) => {
             (State::Closed, Action::Abort)
         }
 
-        (State::Open { .. } | State::Closing, Event::Response) => (State::Closed, Action::Abort),
+        (State::Open { .. } | State::Closing | State::Draining, Event::Response) => {
+            (State::Closed, Action::Abort)
+        }
         (State::Open { guest, .. }, Event::Data) if guest.send => (State::Closed, Action::Abort),
         (State::Open { host, .. }, Event::Data) if host.receive => (state, Action::Discard),
         (State::Open { .. }, Event::Data) => (state, Action::Deliver),
-        (State::Open { .. }, Event::Credit) => (state, Action::None),
+        (State::Open { .. }, Event::Credit | Event::Drained) => (state, Action::None),
         (State::Open { guest, host }, Event::GuestShut(more)) => {
             settle(guest.with(more), host, false)
         }
@@ -133,11 +142,17 @@ pub(super) fn transition(state: State, event: Event) -> (State, Action) {
 
         // Sent before the guest saw our SHUTDOWN.
         (State::Closing, Event::Data) => (State::Closing, Action::Discard),
-        (State::Closing, Event::Credit | Event::HostShut(_)) => (State::Closing, Action::None),
-        (State::Closing, Event::GuestShut(Directions::BOTH)) => {
-            (State::Closed, Action::ResetAfterShutdown)
+        (State::Closing, Event::GuestShut(Directions::BOTH)) => (State::Draining, Action::Drain),
+        (
+            State::Closing,
+            Event::Credit | Event::HostShut(_) | Event::GuestShut(_) | Event::Drained,
+        ) => (state, Action::None),
+
+        (State::Draining, Event::Data) => (State::Closed, Action::Abort),
+        (State::Draining, Event::Drained) => (State::Closed, Action::ResetAfterShutdown),
+        (State::Draining, Event::Credit | Event::GuestShut(_) | Event::HostShut(_)) => {
+            (state, Action::None)
         }
-        (State::Closing, Event::GuestShut(_)) => (State::Closing, Action::None),
     }
 }
 
@@ -145,7 +160,7 @@ pub(super) fn transition(state: State, event: Event) -> (State, Action) {
 /// not know yet what the host has shut.
 fn settle(guest: Directions, host: Directions, news: bool) -> (State, Action) {
     if guest == Directions::BOTH {
-        return (State::Closed, Action::ResetAfterShutdown);
+        return (State::Draining, Action::Drain);
     }
     let to_host_over = guest.send || host.receive;
     let to_guest_over = host.send || guest.receive;
@@ -192,15 +207,21 @@ mod tests {
     }
 
     #[test]
-    fn shutdown_of_both_is_answered_at_once_or_in_two_steps() {
-        let over = (State::Closed, Action::ResetAfterShutdown);
-        assert_eq!(transition(OPEN, Event::GuestShut(Directions::BOTH)), over);
-        assert_eq!(run(OPEN, &[Event::GuestShut(SEND), Event::GuestShut(RECEIVE)]), over);
+    fn shutdown_of_both_in_one_or_two_steps_is_answered_when_the_host_has_it_all() {
+        let draining = (State::Draining, Action::Drain);
+        assert_eq!(transition(OPEN, Event::GuestShut(Directions::BOTH)), draining);
+        assert_eq!(run(OPEN, &[Event::GuestShut(SEND), Event::GuestShut(RECEIVE)]), draining);
         // Later packets with a bit clear do not take it back.
         assert_eq!(
             run(OPEN, &[Event::GuestShut(SEND), Event::GuestShut(NONE), Event::GuestShut(RECEIVE)]),
-            over
+            draining
         );
+        assert_eq!(
+            transition(State::Draining, Event::Drained),
+            (State::Closed, Action::ResetAfterShutdown)
+        );
+        assert_eq!(transition(State::Draining, Event::Reset), (State::Closed, Action::Finish));
+        assert_eq!(transition(State::Draining, Event::Data), (State::Closed, Action::Abort));
     }
 
     #[test]
@@ -230,12 +251,14 @@ mod tests {
         }
         assert_eq!(transition(State::Closing, Event::Data), (State::Closing, Action::Discard));
         assert_eq!(transition(State::Closing, Event::Reset), (State::Closed, Action::Finish));
-        for event in [Event::Expired, Event::GuestShut(Directions::BOTH)] {
-            assert_eq!(
-                transition(State::Closing, event),
-                (State::Closed, Action::ResetAfterShutdown)
-            );
-        }
+        assert_eq!(
+            transition(State::Closing, Event::Expired),
+            (State::Closed, Action::ResetAfterShutdown)
+        );
+        assert_eq!(
+            transition(State::Closing, Event::GuestShut(Directions::BOTH)),
+            (State::Draining, Action::Drain)
+        );
     }
 
     #[test]
@@ -258,6 +281,7 @@ mod tests {
             directions().prop_map(Event::GuestShut),
             Just(Event::Reset),
             directions().prop_map(Event::HostShut),
+            Just(Event::Drained),
             Just(Event::Expired),
         ]
     }
