@@ -375,7 +375,7 @@ impl Drop for ReportPanic<'_> {
 }
 
 /// An error with its causes, on one line.
-fn chain_of(error: &dyn std::error::Error) -> String {
+pub(super) fn chain_of(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
