@@ -5,17 +5,20 @@
 //! completed exactly once ([`Chain`]), and notifications are suppressed while the device is busy
 //! ([`Virtqueue::serve`]).
 //!
-//! The walk is ours because `virtio_queue::DescriptorChain` ends silently at a malformed descriptor:
-//! a device would take half a chain for a whole one. Here it is a [`GuestFault`].
+//! The walk is ours because `virtio_queue::DescriptorChain` ends silently at a malformed
+//! descriptor: a device would take half a chain for a whole one. Here it is a [`GuestFault`].
+
+mod buffers;
+mod walk;
 
 use std::sync::atomic::Ordering;
 
-use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{
-    Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use self::buffers::{Buffers, Segment};
+pub use self::buffers::{Readable, Writable};
+use self::walk::{Layout, Table, walk};
 use super::{F_INDIRECT_DESC, Interrupt};
 use crate::GuestMemory;
 
@@ -30,9 +33,6 @@ pub const SERVE_BUDGET: usize = 64;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (virtio 1.2, 2.7.6).
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
-
-/// Size of a descriptor in bytes (virtio 1.2, 2.7.5).
-const DESCRIPTOR_LEN: u64 = 16;
 
 /// The guest broke the protocol of a queue. The device then needs a reset; the host is well.
 #[derive(Debug, thiserror::Error)]
@@ -113,13 +113,6 @@ pub enum GuestFault {
     /// Guest memory that was checked could not be accessed.
     #[error("guest memory cannot be accessed")]
     Memory(#[source] GuestMemoryError),
-}
-
-/// One buffer of a chain, in guest memory and not empty.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Segment {
-    address: GuestAddress,
-    len: u32,
 }
 
 /// Whether a queue has been emptied.
@@ -253,121 +246,16 @@ impl Virtqueue {
 
     /// Reads the whole chain into `segments` and checks it.
     fn walk(&mut self, head: u16) -> Result<Chain<'_>, GuestFault> {
-        let mut table = Table {
-            address: GuestAddress(self.queue.desc_table()),
-            size: u32::from(self.queue.size()),
-            indirect: false,
-        };
-        let limit = usize::from(self.queue.size());
-        let mut layout = Layout::default();
-        let mut index = head;
-        self.segments.clear();
-        // A chain in the ring cannot be longer than the ring, or it has a loop; one more for the
-        // descriptor that refers to an indirect table.
-        for _ in 0..=limit.max(MAX_CHAIN_DESCRIPTORS) {
-            let descriptor = table.read(&self.memory, index)?;
-            if descriptor.refers_to_indirect_table() {
-                table = table.enter(&descriptor, self.indirect)?;
-                index = 0;
-                continue;
-            }
-            layout.add(&self.memory, &mut self.segments, &descriptor)?;
-            if !descriptor.has_next() {
-                return Ok(Chain { head, layout, completed: false, queue: self });
-            }
-            index = descriptor.next();
-        }
-        Err(GuestFault::TooManyDescriptors { limit })
+        let address = GuestAddress(self.queue.desc_table());
+        let ring = Table::ring(address, self.queue.size(), self.indirect);
+        let layout = walk(&self.memory, ring, head, &mut self.segments)?;
+        Ok(Chain { head, layout, completed: false, queue: self })
     }
 
     /// Puts a chain into the used ring.
     fn give_back(&mut self, head: u16, len: u32) -> Result<(), GuestFault> {
         self.completed = true;
         self.queue.add_used(&self.memory, head, len).map_err(GuestFault::Rings)
-    }
-}
-
-/// The descriptor table that is being walked.
-#[derive(Debug, Clone, Copy)]
-struct Table {
-    address: GuestAddress,
-    /// Number of descriptors.
-    size: u32,
-    indirect: bool,
-}
-
-impl Table {
-    fn read(&self, memory: &GuestMemory, index: u16) -> Result<Descriptor, GuestFault> {
-        if u32::from(index) >= self.size {
-            return Err(GuestFault::Next { next: index, size: self.size });
-        }
-        let fault = || GuestFault::Table { address: self.address.raw_value() };
-        let offset = u64::from(index).checked_mul(DESCRIPTOR_LEN).ok_or_else(fault)?;
-        let address = self.address.checked_add(offset).ok_or_else(fault)?;
-        memory.read_obj(address).map_err(|_| GuestFault::Table { address: address.raw_value() })
-    }
-
-    /// The table to which `descriptor` refers (virtio 1.2, 2.7.5.3): not from within another one, not
-    /// with a `next`, of whole descriptors, and only if negotiated. The write flag is to be ignored.
-    fn enter(&self, descriptor: &Descriptor, negotiated: bool) -> Result<Table, GuestFault> {
-        let len = descriptor.len();
-        let size = len / 16;
-        if self.indirect
-            || !negotiated
-            || descriptor.has_next()
-            || size == 0
-            || !len.is_multiple_of(16)
-        {
-            return Err(GuestFault::Indirect { len, flags: descriptor.flags() });
-        }
-        Ok(Table { address: descriptor.addr(), size, indirect: true })
-    }
-}
-
-/// Where a chain's readable part ends, and its lengths in bytes.
-#[derive(Debug, Clone, Copy, Default)]
-struct Layout {
-    /// Number of readable segments; the writable ones follow.
-    readable_segments: usize,
-    readable_len: u32,
-    writable_len: u32,
-    seen_writable: bool,
-}
-
-impl Layout {
-    fn add(
-        &mut self,
-        memory: &GuestMemory,
-        segments: &mut Vec<Segment>,
-        descriptor: &Descriptor,
-    ) -> Result<(), GuestFault> {
-        let (address, len) = (descriptor.addr(), descriptor.len());
-        let writable = descriptor.is_write_only();
-        if self.seen_writable && !writable {
-            return Err(GuestFault::ReadableAfterWritable { address: address.raw_value() });
-        }
-        self.seen_writable |= writable;
-        if len == 0 {
-            return Ok(());
-        }
-        if segments.len() >= MAX_CHAIN_DESCRIPTORS {
-            return Err(GuestFault::TooManyDescriptors { limit: MAX_CHAIN_DESCRIPTORS });
-        }
-        let fault = GuestFault::Buffer { address: address.raw_value(), len };
-        let Ok(count) = usize::try_from(len) else { return Err(fault) };
-        if !GuestMemoryBackend::check_range(memory, address, count) {
-            return Err(fault);
-        }
-        let total = if writable { &mut self.writable_len } else { &mut self.readable_len };
-        *total = total.checked_add(len).ok_or(GuestFault::TooLong)?;
-        if self.readable_len.checked_add(self.writable_len).is_none() {
-            return Err(GuestFault::TooLong);
-        }
-        segments.push(Segment { address, len });
-        if !writable {
-            self.readable_segments = segments.len();
-        }
-        Ok(())
     }
 }
 
@@ -390,24 +278,18 @@ impl Chain<'_> {
     #[must_use]
     pub fn readable(&self) -> Readable<'_> {
         let segments = self.queue.segments.get(..self.layout.readable_segments).unwrap_or_default();
-        Readable(Buffers {
-            memory: &self.queue.memory,
-            segments,
-            len: self.layout.readable_len,
-            what: "readable part",
-        })
+        let memory = &self.queue.memory;
+        let len = self.layout.readable_len;
+        Readable::new(Buffers { memory, segments, len, what: "readable part" })
     }
 
     /// The buffers that the device writes.
     #[must_use]
     pub fn writable(&self) -> Writable<'_> {
         let segments = self.queue.segments.get(self.layout.readable_segments..).unwrap_or_default();
-        Writable(Buffers {
-            memory: &self.queue.memory,
-            segments,
-            len: self.layout.writable_len,
-            what: "writable part",
-        })
+        let memory = &self.queue.memory;
+        let len = self.layout.writable_len;
+        Writable::new(Buffers { memory, segments, len, what: "writable part" })
     }
 
     /// Gives the chain back to the driver, of whose writable part the first `written` bytes were
@@ -436,163 +318,6 @@ impl Drop for Chain<'_> {
             // The rings were checked when the queue was enabled and memory does not shrink.
             tracing::warn!(%error, head = self.head, "cannot give a descriptor chain back");
         }
-    }
-}
-
-/// A part of a chain. Every segment lies in guest memory and their lengths add up to `len`.
-#[derive(Debug, Clone, Copy)]
-struct Buffers<'a> {
-    memory: &'a GuestMemory,
-    segments: &'a [Segment],
-    len: u32,
-    what: &'static str,
-}
-
-impl<'a> Buffers<'a> {
-    fn too_short(&self, offset: u32, len: usize) -> GuestFault {
-        GuestFault::TooShort { what: self.what, offset, len, have: self.len }
-    }
-
-    /// Calls `each` with the pieces of `len` bytes at `offset`, in order.
-    fn for_each(
-        &self,
-        offset: u32,
-        len: usize,
-        mut each: impl FnMut(VolatileSlice<'a>),
-    ) -> Result<(), GuestFault> {
-        let short = || self.too_short(offset, len);
-        let mut left = u32::try_from(len).map_err(|_| short())?;
-        if offset.checked_add(left).is_none_or(|end| end > self.len) {
-            return Err(short());
-        }
-        let mut skip = offset;
-        for segment in self.segments {
-            if left == 0 {
-                break;
-            }
-            // Skipped entirely: `skip` shrinks by the segment's length.
-            let Some(rest) = segment.len.checked_sub(skip).filter(|rest| *rest > 0) else {
-                skip = skip.saturating_sub(segment.len);
-                continue;
-            };
-            let take = rest.min(left);
-            let fault = GuestFault::Buffer { address: segment.address.raw_value(), len: take };
-            let (Some(address), Ok(count)) =
-                (segment.address.checked_add(u64::from(skip)), usize::try_from(take))
-            else {
-                return Err(fault);
-            };
-            for slice in GuestMemoryBackend::get_slices(self.memory, address, count) {
-                each(slice.map_err(GuestFault::Memory)?);
-            }
-            skip = 0;
-            left = left.saturating_sub(take);
-        }
-        Ok(())
-    }
-}
-
-/// The device-readable part of a chain.
-#[derive(Debug, Clone, Copy)]
-pub struct Readable<'a>(Buffers<'a>);
-
-impl<'a> Readable<'a> {
-    /// Length in bytes.
-    #[must_use]
-    pub fn len(&self) -> u32 {
-        self.0.len
-    }
-
-    /// Whether there is nothing to read.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.len == 0
-    }
-
-    /// Fills `into` with the bytes at `offset`. What is read is a copy: the guest can change its
-    /// memory at any time, so read each value once.
-    ///
-    /// # Errors
-    /// [`GuestFault::TooShort`].
-    pub fn read_at(&self, offset: u32, into: &mut [u8]) -> Result<(), GuestFault> {
-        let mut rest: &mut [u8] = into;
-        let len = rest.len();
-        self.0.for_each(offset, len, |slice| {
-            let (now, later) = std::mem::take(&mut rest).split_at_mut(slice.len());
-            slice.copy_to(now);
-            rest = later;
-        })
-    }
-
-    /// The value at `offset`.
-    ///
-    /// # Errors
-    /// [`GuestFault::TooShort`].
-    pub fn read_obj<T: ByteValued>(&self, offset: u32) -> Result<T, GuestFault> {
-        let mut value = T::zeroed();
-        self.read_at(offset, value.as_mut_slice())?;
-        Ok(value)
-    }
-
-    /// The pieces of guest memory that make up `len` bytes at `offset`, for system calls that read
-    /// from them. Appended to `slices`.
-    ///
-    /// # Errors
-    /// [`GuestFault::TooShort`].
-    pub fn slices(
-        &self,
-        offset: u32,
-        len: u32,
-        slices: &mut Vec<VolatileSlice<'a>>,
-    ) -> Result<(), GuestFault> {
-        let count = usize::try_from(len).map_err(|_| self.0.too_short(offset, usize::MAX))?;
-        self.0.for_each(offset, count, |slice| slices.push(slice))
-    }
-}
-
-/// The device-writable part of a chain.
-#[derive(Debug, Clone, Copy)]
-pub struct Writable<'a>(Buffers<'a>);
-
-impl<'a> Writable<'a> {
-    /// Length in bytes.
-    #[must_use]
-    pub fn len(&self) -> u32 {
-        self.0.len
-    }
-
-    /// Whether nothing can be written.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.len == 0
-    }
-
-    /// Writes `bytes` at `offset`.
-    ///
-    /// # Errors
-    /// [`GuestFault::TooShort`].
-    pub fn write_at(&self, offset: u32, bytes: &[u8]) -> Result<(), GuestFault> {
-        let mut rest = bytes;
-        self.0.for_each(offset, bytes.len(), |slice| {
-            let (now, later) = rest.split_at(slice.len());
-            slice.copy_from(now);
-            rest = later;
-        })
-    }
-
-    /// The pieces of guest memory that make up `len` bytes at `offset`, for system calls that write
-    /// to them. Appended to `slices`.
-    ///
-    /// # Errors
-    /// [`GuestFault::TooShort`].
-    pub fn slices(
-        &self,
-        offset: u32,
-        len: u32,
-        slices: &mut Vec<VolatileSlice<'a>>,
-    ) -> Result<(), GuestFault> {
-        let count = usize::try_from(len).map_err(|_| self.0.too_short(offset, usize::MAX))?;
-        self.0.for_each(offset, count, |slice| slices.push(slice))
     }
 }
 

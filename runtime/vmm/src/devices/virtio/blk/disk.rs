@@ -219,7 +219,7 @@ impl Disk {
     }
 
     /// "A driver MUST NOT submit a request which would cause a read or write beyond capacity"
-    /// (5.2.6.1): the position of `sector` in bytes, if `sectors` from it on are on the disk.
+    /// (5.2.6.1). The position of `sector` in bytes, if `sectors` from it on are on the disk.
     fn offset(&self, sector: u64, sectors: u32) -> Result<u64, DiskError> {
         let end = sector.checked_add(u64::from(sectors));
         if end.is_none_or(|end| end > self.sectors) {
@@ -229,7 +229,8 @@ impl Disk {
     }
 
     fn check_writable(&self) -> Result<(), DiskError> {
-        // "If VIRTIO_BLK_F_RO is set, the device MUST fail write requests with IOERR" (5.2.6.2).
+        // "A device MUST set the status byte to VIRTIO_BLK_S_IOERR for a write request if the
+        // VIRTIO_BLK_F_RO feature [is] offered, and MUST NOT write any data" (5.2.6.2).
         if self.read_only { Err(DiskError::Refused(Failure::IoError)) } else { Ok(()) }
     }
 }

@@ -135,17 +135,17 @@ impl Request {
             T_IN => data_len(in_len).map(|len| Operation::Read { sector, len }),
             T_OUT => data_len(out_len).map(|len| Operation::Write { sector, len }),
             T_FLUSH => Ok(Operation::Flush),
+            // "The length of data MUST be 20 bytes" (5.2.6.1); more does no harm.
             T_GET_ID if in_len >= ID_LEN => Ok(Operation::GetId),
             T_GET_ID => Err(Failure::IoError),
             T_DISCARD => parse_ranges(chain, out_len)?.and_then(|ranges| {
-                // "the device MUST set the status byte to VIRTIO_BLK_S_UNSUPP for discard [...] if
-                // the unmap flag is set" (5.2.6.2).
+                // "the device MUST set the status byte to VIRTIO_BLK_S_UNSUPP for discard commands
+                // if the unmap flag is set" (5.2.6.2).
                 let unmap = ranges.iter().any(|range| range.unmap);
                 if unmap { Err(Failure::Unsupported) } else { Ok(Operation::Discard(ranges)) }
             }),
             T_WRITE_ZEROES => parse_ranges(chain, out_len)?.map(Operation::WriteZeroes),
-            // "The device MUST set the status byte to VIRTIO_BLK_S_UNSUPP for unsupported requests"
-            // (5.2.6.2, by its definition of the status).
+            // "VIRTIO_BLK_S_UNSUPP for a request unsupported by device" (5.2.6).
             _ => Err(Failure::Unsupported),
         };
         Ok(Request { operation, status_offset })
@@ -161,7 +161,9 @@ fn data_len(len: u32) -> Result<u32, Failure> {
     }
 }
 
-/// The ranges that follow the header (5.2.6).
+/// The ranges that follow the header. "The length of data MUST be a multiple of the size of struct
+/// virtio_blk_discard_write_zeroes", of which there "MUST NOT [be] more than max_discard_seg" or
+/// max_write_zeroes_seg (5.2.6.1).
 fn parse_ranges(chain: &Chain<'_>, len: u32) -> Result<Result<Vec<Range>, Failure>, GuestFault> {
     let count = len / RANGE_LEN;
     if !len.is_multiple_of(RANGE_LEN) || count == 0 || count > MAX_RANGES {
@@ -173,8 +175,8 @@ fn parse_ranges(chain: &Chain<'_>, len: u32) -> Result<Result<Vec<Range>, Failur
         let bytes: [u8; RANGE_LEN as usize] = chain.readable().read_obj(offset)?;
         let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = bytes;
         let flags = u32::from_le_bytes([f0, f1, f2, f3]);
-        // "the device MUST set the status byte to VIRTIO_BLK_S_UNSUPP [...] if any unknown flag is
-        // set" (5.2.6.2).
+        // "The device MUST set the status byte to VIRTIO_BLK_S_UNSUPP for discard, secure erase and
+        // write zeroes commands if any unknown flag is set" (5.2.6.2).
         if flags & !RANGE_FLAG_UNMAP != 0 {
             return Ok(Err(Failure::Unsupported));
         }

@@ -1,4 +1,5 @@
 use proptest::prelude::*;
+use vm_memory::VolatileSlice;
 
 use super::super::testing::{
     Buffer, Driver, F_INDIRECT, F_NEXT, F_WRITE, MEMORY_LEN, interrupt, memory,
