@@ -1,0 +1,95 @@
+//! From the kernel's first call to a usable guest.
+
+use std::fs;
+use std::io;
+
+use husk_proto::guest;
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::mount::MountFlags;
+
+use crate::cgroup;
+use crate::container::rootfs;
+use crate::sys;
+
+/// A step of the boot that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("boot: {step}")]
+pub(crate) struct BootError {
+    step: String,
+    #[source]
+    source: io::Error,
+}
+
+fn failed<E: Into<io::Error>>(step: &str) -> impl FnOnce(E) -> BootError {
+    let step = step.to_owned();
+    move |source| BootError { step, source: source.into() }
+}
+
+/// What is mounted, in this order: target, type, flags, options. All of it is small or virtual.
+const MOUNTS: [(&str, &str, MountFlags, &str); 8] = [
+    ("/proc", "proc", HARMLESS, ""),
+    ("/sys", "sysfs", HARMLESS, ""),
+    ("/dev", "devtmpfs", MountFlags::NOSUID.union(MountFlags::NOEXEC), "mode=0755"),
+    (
+        "/dev/pts",
+        "devpts",
+        MountFlags::NOSUID.union(MountFlags::NOEXEC),
+        "gid=5,mode=0620,ptmxmode=0666",
+    ),
+    ("/dev/mqueue", "mqueue", HARMLESS, ""),
+    ("/run", "tmpfs", MountFlags::NOSUID.union(MountFlags::NODEV), "mode=0755"),
+    ("/tmp", "tmpfs", MountFlags::NOSUID.union(MountFlags::NODEV), "mode=1777"),
+    // nsdelegate: a container that sees its cgroup writable cannot raise its own limits.
+    ("/sys/fs/cgroup", "cgroup2", HARMLESS, "nsdelegate,memory_recursiveprot"),
+];
+
+const HARMLESS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+
+/// Mounts what a guest needs, and brings up its cgroups and its loopback interface. Linear; the
+/// order matters.
+///
+/// # Errors
+/// [`BootError`] naming the step: the guest is of no use then.
+pub(crate) fn run() -> Result<(), BootError> {
+    leave_initramfs()?;
+    for (target, fstype, flags, options) in MOUNTS {
+        fs::create_dir_all(target).map_err(failed(target))?;
+        let data = std::ffi::CString::new(options).map_err(failed(target))?;
+        let data = (!options.is_empty()).then_some(data.as_c_str());
+        rustix::mount::mount(fstype, target, fstype, flags, data)
+            .map_err(failed(&format!("mount {target}")))?;
+    }
+    for directory in [guest::FILESYSTEMS, guest::VOLUMES, guest::CONTAINERS] {
+        fs::create_dir_all(directory).map_err(failed(directory))?;
+    }
+    // A mount of its own, so that a container can make it private without touching the rest.
+    bind_to_itself(guest::CONTAINERS).map_err(failed(guest::CONTAINERS))?;
+
+    // The agent is never what the kernel kills for memory; its children change that for themselves.
+    fs::write("/proc/self/oom_score_adj", "-1000").map_err(failed("oom_score_adj"))?;
+    cgroup::set_up().map_err(|e| failed("cgroups")(io::Error::other(crate::chain(&e))))?;
+    sys::loopback_up().map_err(failed("bring the loopback interface up"))?;
+    Ok(())
+}
+
+/// Makes an empty tmpfs the root. The initramfs cannot be a root that a container's process leaves
+/// by pivot_root, because it is mounted on nothing. The agent's file stays where it is: its pages
+/// are in use anyhow.
+fn leave_initramfs() -> Result<(), BootError> {
+    let step = "make the root";
+    let root = rootfs::new_filesystem("tmpfs", "root", &[("mode".into(), Some("0755".into()))], 0)
+        .map_err(failed(step))?;
+    let old = rustix::fs::openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(failed(step))?;
+    use std::os::fd::AsFd;
+    rootfs::attach(root.as_fd(), old.as_fd()).map_err(failed(step))?;
+    rustix::process::fchdir(&root).map_err(failed(step))?;
+    rustix::process::chroot(".").map_err(failed(step))?;
+    // Bidirectional propagation of volumes needs shared mounts; everything else starts private.
+    rootfs::set_propagation("/", libc::MS_PRIVATE, false).map_err(failed(step))
+}
+
+/// Makes a directory a mount of itself.
+pub(crate) fn bind_to_itself(path: &str) -> io::Result<()> {
+    Ok(rustix::mount::mount_bind(path, path)?)
+}

@@ -1,0 +1,159 @@
+//! One more process in a running container.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use husk_proto::agent::ExecProcessRequest;
+
+use super::init::Job;
+use super::process::{ProcessPlan, StepError};
+use super::spawn::{Spawned, take_master};
+use super::state::{self, Event};
+use super::{
+    ContainerError, MAX_ENDED_EXECS, Outcome, Process, Remains, Runner, StartFailure, check_name,
+    spec,
+};
+use crate::cgroup::Cgroup;
+use crate::lock;
+use crate::stdio::{self, Ends, Relay};
+
+/// What an exec needs of its container.
+struct Target {
+    plan: ProcessPlan,
+    remains: Arc<Remains>,
+    pid: u32,
+    pidfd: Arc<std::os::fd::OwnedFd>,
+}
+
+impl Runner {
+    /// Runs a process in a running container. Returns its process ID, or why its program cannot be
+    /// executed. On failure nothing is left of it.
+    ///
+    /// # Errors
+    /// [`ContainerError`].
+    pub(crate) async fn exec(
+        &self,
+        request: ExecProcessRequest,
+    ) -> Result<Result<u32, StartFailure>, ContainerError> {
+        let ExecProcessRequest { container_id: id, exec_id, process, stdio } = request;
+        check_name("exec_id", &exec_id)?;
+        let given = spec::parse_process(&process)?;
+        let target = self.reserve_exec(&id, &exec_id, given)?;
+        let result = self.exec_reserved(&id, &exec_id, &target, stdio.unwrap_or_default()).await;
+        if let Some(container) = lock(&self.table).containers.get_mut(&id) {
+            container.execs_starting.remove(&exec_id);
+            if !matches!(result, Ok(Ok(_))) {
+                container.execs.remove(&exec_id);
+            }
+        }
+        result
+    }
+
+    /// Takes the name for a process that is to be made.
+    fn reserve_exec(
+        &self,
+        id: &str,
+        exec: &str,
+        given: spec::Process,
+    ) -> Result<Target, ContainerError> {
+        let mut table = lock(&self.table);
+        let container = table.container(id)?;
+        state::transition(container.state, Event::Exec)
+            .map_err(|refused| ContainerError::Refused(id.to_owned(), refused))?;
+        let plan = container.plan.exec(given)?;
+        if container.execs.contains_key(exec) || !container.execs_starting.insert(exec.to_owned()) {
+            return Err(ContainerError::ExecExists {
+                container: id.to_owned(),
+                exec: exec.to_owned(),
+            });
+        }
+        Ok(Target {
+            plan,
+            remains: Arc::clone(&container.remains),
+            pid: container.main.pid,
+            pidfd: Arc::clone(&container.main.pidfd),
+        })
+    }
+
+    async fn exec_reserved(
+        &self,
+        id: &str,
+        exec: &str,
+        target: &Target,
+        ports: husk_proto::agent::Stdio,
+    ) -> Result<Result<u32, StartFailure>, ContainerError> {
+        let plan = &target.plan;
+        let user = (plan.uid, plan.gid);
+        let (ends, child_stdio) =
+            stdio::open(&self.transport, &ports, plan.terminal.is_some(), user).await?;
+        let Spawned { mut process, mut gate, reaped } = self.clone_exec(target, child_stdio)?;
+        process.oom_kills_before = target.remains.cgroup.oom_kills();
+        {
+            let mut table = lock(&self.table);
+            // The container may have been deleted while the streams were connected; dropping the
+            // gate then ends the new process.
+            let container = table.container(id)?;
+            forget_oldest(&mut container.execs);
+            container.execs.insert(exec.to_owned(), process);
+        }
+        self.follow(id, exec, Arc::clone(&target.remains), reaped);
+        let terminal = match gate.ready().await? {
+            Ok(terminal) => terminal,
+            Err(failure) => return Ok(Err(failure)),
+        };
+        let pid = self.connect_exec(id, exec, ends, terminal)?;
+        Ok(gate.open().await?.map_or(Ok(pid), Err))
+    }
+
+    /// Clones a process into the container's cgroup and process ID namespace.
+    fn clone_exec(
+        &self,
+        target: &Target,
+        stdio: [std::os::fd::OwnedFd; 3],
+    ) -> Result<Spawned, StepError> {
+        let (pidfd, cgroup) = (target.pidfd.as_fd(), &target.remains.cgroup);
+        let job = Job::Exec { plan: &target.plan, pidfd };
+        // A container that divides its cgroup may have no process in the upper one any more
+        // (cgroup v2's "no internal processes"): then go where its first process is, as runc does.
+        let divided = cgroup.keyed("cgroup.stat", "nr_descendants") > 0;
+        let below = if divided { Cgroup::of_process(target.pid).ok() } else { None };
+        let directory = below.as_ref().map_or(cgroup.fd(), AsFd::as_fd);
+        self.spawn(&job, stdio, 0, directory, Some(pidfd))
+    }
+
+    /// Lets the streams of a process that is ready flow.
+    fn connect_exec(
+        &self,
+        id: &str,
+        exec: &str,
+        ends: Ends,
+        terminal: Option<i32>,
+    ) -> Result<u32, ContainerError> {
+        let mut table = lock(&self.table);
+        let process = table.process(id, exec)?;
+        if !process.alive {
+            return Err(ContainerError::Died);
+        }
+        let master = terminal.map(|fd| take_master(process, fd)).transpose()?;
+        process.relay = Relay::start(ends, master)?;
+        Ok(process.pid)
+    }
+}
+
+/// Makes room for one more process, if too many ended ones are known.
+fn forget_oldest(execs: &mut std::collections::BTreeMap<String, Process>) {
+    let ended = |process: &Process| match *process.outcome.borrow() {
+        Outcome::Ended(exit) => Some(exit.at),
+        Outcome::Pending => None,
+    };
+    if execs.values().filter(|p| ended(p).is_some()).count() < MAX_ENDED_EXECS {
+        return;
+    }
+    let oldest = execs
+        .iter()
+        .filter_map(|(name, process)| ended(process).map(|at| (at, name.clone())))
+        .min();
+    if let Some((_, name)) = oldest {
+        execs.remove(&name);
+    }
+}

@@ -1,0 +1,262 @@
+//! What runs inside a new process, between its clone and its program.
+//!
+//! The process is a copy of the agent, which has one thread, so that ordinary Rust works here; but
+//! it owns nothing: it ends by exec or by [`sys::exit_now`], and never returns.
+//!
+//! ```text
+//!   agent                                   new process
+//!   clone3 -------------------------------> namespaces, mounts, identity, look-up
+//!   read the report  <--- Ready/Failure --- report pipe
+//!   write one byte   --- start pipe ------> read one byte (end of file: the container is deleted)
+//!   read the report  <--- Failure or end -- execve (closes the report pipe)
+//! ```
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::process::DumpableBehavior;
+use rustix::pty::OpenptFlags;
+use rustix::thread::ThreadNameSpaceType;
+
+use super::lookup::{self, StartFailure};
+use super::path::{self, Make};
+use super::plan::ContainerPlan;
+use super::process::{ProcessPlan, StepError, c_strings, step};
+use super::report::Report;
+use super::rootfs::{self, Overlay};
+use super::spec::NamespaceKind;
+use crate::sys;
+
+/// The descriptors of a new process.
+#[derive(Debug)]
+pub(crate) struct Pipes {
+    /// Standard input, output and error; unused with a terminal.
+    pub(crate) stdio: [OwnedFd; 3],
+    pub(crate) report: OwnedFd,
+    pub(crate) start: OwnedFd,
+}
+
+/// What the new process is to become.
+pub(crate) enum Job<'a> {
+    /// The first process of a container.
+    Container { plan: &'a ContainerPlan, overlay: &'a Overlay },
+    /// One more process, in the namespaces of the process `pidfd`.
+    Exec { plan: &'a ProcessPlan, pidfd: BorrowedFd<'a> },
+}
+
+/// Why a process could not be prepared.
+enum Trouble {
+    Failure(StartFailure),
+    Step(StepError),
+}
+
+impl From<StepError> for Trouble {
+    fn from(error: StepError) -> Self {
+        Self::Step(error)
+    }
+}
+
+impl From<StartFailure> for Trouble {
+    fn from(failure: StartFailure) -> Self {
+        Self::Failure(failure)
+    }
+}
+
+/// The exit code of a process that ended before its program, other than for [`StartFailure`].
+const BROKEN: u8 = 255;
+
+/// A program that is ready to be executed.
+struct Program {
+    path: CString,
+    args: Vec<CString>,
+    env: Vec<CString>,
+}
+
+/// Prepares the process, reports, waits for the start, and executes the program.
+pub(crate) fn run(job: &Job<'_>, pipes: &Pipes) -> ! {
+    let program = match prepare(job, pipes) {
+        Ok((program, terminal)) => {
+            let number = terminal.as_ref().map(AsRawFd::as_raw_fd);
+            if send(pipes, &Report::Ready(number)).is_err() {
+                sys::exit_now(BROKEN);
+            }
+            // The agent has taken the terminal's master once it says start; it must not stay open
+            // here, or the end of the terminal would never be seen.
+            wait_for_start(pipes);
+            drop(terminal);
+            program
+        }
+        Err(trouble) => give_up(pipes, trouble),
+    };
+    let error = sys::execve(&program.path, &program.args, &program.env);
+    let path = program.path.to_string_lossy();
+    give_up(pipes, Trouble::Failure(lookup::exec_failure(&path, &error)))
+}
+
+/// Reports trouble and ends.
+fn give_up(pipes: &Pipes, trouble: Trouble) -> ! {
+    let (code, report) = match trouble {
+        Trouble::Failure(failure) => (failure.exit_code, Report::Failure(failure)),
+        Trouble::Step(error) => (BROKEN, Report::Error(crate::chain(&error))),
+    };
+    // If the agent no longer listens there is nobody to tell.
+    let _nobody_listens = send(pipes, &report);
+    sys::exit_now(code)
+}
+
+fn send(pipes: &Pipes, report: &Report) -> io::Result<()> {
+    // At most PIPE_BUF bytes: written as a whole.
+    rustix::io::write(&pipes.report, &report.encode())?;
+    Ok(())
+}
+
+/// Returns when the agent says start; ends the process if the agent closes the pipe instead.
+fn wait_for_start(pipes: &Pipes) {
+    let mut byte = [0_u8; 1];
+    loop {
+        match rustix::io::read(&pipes.start, &mut byte) {
+            Ok(0) => sys::exit_now(0),
+            Ok(_) => return,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => sys::exit_now(BROKEN),
+        }
+    }
+}
+
+/// Everything up to the program. Returns it, and the terminal's master if there is a terminal.
+fn prepare(job: &Job<'_>, pipes: &Pipes) -> Result<(Program, Option<OwnedFd>), Trouble> {
+    let mut keep: Vec<i32> = pipes.stdio.iter().map(AsRawFd::as_raw_fd).collect();
+    keep.extend([pipes.report.as_raw_fd(), pipes.start.as_raw_fd()]);
+    if let Job::Exec { pidfd, .. } = job {
+        keep.push(pidfd.as_raw_fd());
+    }
+    sys::close_all_but(&keep).map_err(step("close the agent's descriptors"))?;
+    sys::reset_signals();
+    rustix::process::setsid().map_err(step("setsid"))?;
+    rustix::process::umask(Mode::empty());
+    // Other processes of the container must not look into this one while it is still the agent.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(step("make undumpable"))?;
+
+    let process = match job {
+        Job::Container { plan, .. } => &plan.process,
+        Job::Exec { plan, .. } => plan,
+    };
+    process.apply_oom_score()?;
+    match job {
+        Job::Container { plan, overlay } => {
+            enter_namespaces(plan)?;
+            let root = rootfs::make(plan, overlay)?;
+            rootfs::enter(&root, plan)?;
+        }
+        Job::Exec { pidfd, .. } => join(*pidfd)?,
+    }
+    let terminal = match process.terminal {
+        Some(size) => Some(make_terminal(process.uid, size, matches!(job, Job::Container { .. }))?),
+        None => {
+            for (number, fd) in (0..).zip(&pipes.stdio) {
+                sys::install_fd(fd.as_fd(), number).map_err(step("install the streams"))?;
+            }
+            None
+        }
+    };
+    let env = process.environment();
+    process.apply_rlimits()?;
+    process.apply_identity()?;
+    let name = process.args.first().map(String::as_str).unwrap_or_default();
+    let path = lookup::find(name, &env)?;
+    let program = Program { path, args: c_strings(&process.args)?, env: c_strings(&env)? };
+    sys::close_on_exec_from_3().map_err(step("mark descriptors close-on-exec"))?;
+    Ok((program, terminal))
+}
+
+/// Enters the namespaces of a new container that the clone did not make, and prepares all.
+fn enter_namespaces(plan: &ContainerPlan) -> Result<(), StepError> {
+    for (kind, path) in &plan.namespaces.joined {
+        // The process ID namespace was entered by the clone.
+        if *kind != NamespaceKind::Pid {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            let name = || format!("linux.namespaces: join {path}");
+            let fd = rustix::fs::open(path.as_str(), flags, Mode::empty()).map_err(step(name()))?;
+            let kind = ThreadNameSpaceType::from_bits_retain(
+                u32::try_from(kind.flag()).unwrap_or_default(),
+            );
+            rustix::thread::move_into_thread_name_spaces(fd.as_fd(), kind).map_err(step(name()))?;
+        }
+    }
+    let new = |kind: NamespaceKind| plan.namespaces.new & kind.flag() != 0;
+    if new(NamespaceKind::Cgroup) {
+        // Not by the clone: the root of the new one would be the agent's cgroup.
+        sys::unshare(libc::CLONE_NEWCGROUP).map_err(step("new cgroup namespace"))?;
+    }
+    if new(NamespaceKind::Network) {
+        sys::loopback_up().map_err(step("bring the loopback interface up"))?;
+    }
+    if let Some(name) = &plan.hostname {
+        rustix::system::sethostname(name.as_bytes()).map_err(step("hostname"))?;
+    }
+    if let Some(name) = &plan.domainname {
+        rustix::system::setdomainname(name.as_bytes()).map_err(step("domainname"))?;
+    }
+    crate::sysctl::apply(&plan.sysctls).map_err(|e| StepError {
+        step: "linux.sysctl".into(),
+        source: io::Error::other(crate::chain(&e)),
+    })
+}
+
+/// Enters the namespaces of a running process; that of process IDs was entered by the clone.
+fn join(pidfd: BorrowedFd<'_>) -> Result<(), StepError> {
+    let kinds = ThreadNameSpaceType::MOUNT
+        | ThreadNameSpaceType::CONTROL_GROUP
+        | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
+        | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
+        | ThreadNameSpaceType::NETWORK;
+    rustix::thread::move_into_thread_name_spaces(pidfd, kinds)
+        .map_err(step("enter the container's namespaces"))
+}
+
+/// Makes a pseudo-terminal in the container, with its other end as the process's controlling
+/// terminal and streams, and returns the master. `console` also puts it at /dev/console.
+fn make_terminal(
+    uid: u32,
+    (columns, rows): (u16, u16),
+    console: bool,
+) -> Result<OwnedFd, StepError> {
+    // The container's own file: not to be waited for, whatever it is. The master comes from the
+    // kernel by ioctl, so that a false one is found out.
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let master = rustix::fs::open("/dev/pts/ptmx", flags, Mode::empty())
+        .map_err(step("terminal: open /dev/pts/ptmx"))?;
+    rustix::pty::unlockpt(&master).map_err(step("terminal: unlock"))?;
+    let open = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let slave = rustix::pty::ioctl_tiocgptpeer(&master, open).map_err(step("terminal: open"))?;
+    let size =
+        rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    rustix::termios::tcsetwinsize(&slave, size).map_err(step("terminal: set the size"))?;
+    rustix::fs::fchown(&slave, Some(rustix::fs::Uid::from_raw(uid)), None)
+        .map_err(step("terminal: give to the user"))?;
+    if console {
+        bind_console(&slave).map_err(step("terminal: mount at /dev/console"))?;
+    }
+    rustix::process::ioctl_tiocsctty(&slave).map_err(step("terminal: make controlling"))?;
+    for number in 0..3 {
+        sys::install_fd(slave.as_fd(), number).map_err(step("terminal: install"))?;
+    }
+    Ok(master)
+}
+
+/// Mounts the terminal at /dev/console.
+fn bind_console(slave: &OwnedFd) -> io::Result<()> {
+    use rustix::mount::OpenTreeFlags as Flags;
+    let root = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let mode = Mode::from_raw_mode(0o755);
+    let target = path::open_or_make(root.as_fd(), "/dev/console", Make::File, mode)?;
+    if FileType::from_raw_mode(rustix::fs::fstat(&target)?.st_mode) == FileType::Directory {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    let flags = Flags::OPEN_TREE_CLONE | Flags::OPEN_TREE_CLOEXEC | Flags::AT_EMPTY_PATH;
+    let copy = rustix::mount::open_tree(slave, "", flags)?;
+    Ok(rootfs::attach(copy.as_fd(), target.as_fd())?)
+}

@@ -1,0 +1,198 @@
+//! Everything that happens to a container after it was made.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use husk_proto::agent::{self, ContainerStats};
+
+use super::state::{Event, State};
+use super::{ContainerError, Exit, Outcome, Runner, StartFailure};
+use crate::lock;
+use crate::sys;
+
+/// Signals that exist on Linux.
+const LAST_SIGNAL: u32 = 64;
+const SIGKILL: u32 = 9;
+
+impl Runner {
+    /// Starts the program of a created container. Returns why it cannot be executed, if it cannot:
+    /// then nothing is left of the container.
+    ///
+    /// # Errors
+    /// [`ContainerError`].
+    pub(crate) async fn start(&self, id: &str) -> Result<Option<StartFailure>, ContainerError> {
+        let (gate, remains) = {
+            let mut table = lock(&self.table);
+            let container = table.container(id)?;
+            container.apply(id, Event::Start)?;
+            (container.gate.take(), Arc::clone(&container.remains))
+        };
+        let failure = gate.ok_or(ContainerError::Died)?.open().await?;
+        if failure.is_some() {
+            // Its end is made known first, to those who wait for it.
+            self.wait(id, super::MAIN).await?;
+            let _reservation = self.take_out(id)?;
+            self.clear(&remains).await?;
+        }
+        Ok(failure)
+    }
+
+    /// Waits for the end of a process and of its output.
+    ///
+    /// # Errors
+    /// [`ContainerError`] if there is no such process.
+    pub(crate) async fn wait(&self, id: &str, exec: &str) -> Result<Exit, ContainerError> {
+        let mut outcome = lock(&self.table).process(id, exec)?.outcome.subscribe();
+        loop {
+            if let Outcome::Ended(exit) = *outcome.borrow_and_update() {
+                return Ok(exit);
+            }
+            if outcome.changed().await.is_err() {
+                return Err(ContainerError::NoContainer(id.to_owned()));
+            }
+        }
+    }
+
+    /// Sends a signal to a process, or to all of the container.
+    ///
+    /// # Errors
+    /// [`ContainerError`], e.g. if the process has ended.
+    pub(crate) fn signal(
+        &self,
+        id: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), ContainerError> {
+        if signal == 0 || signal > LAST_SIGNAL {
+            let must = "a signal of Linux, 1 to 64";
+            return Err(ContainerError::Value { field: "signal", value: signal, must });
+        }
+        let mut table = lock(&self.table);
+        let ended = || ContainerError::Ended { container: id.to_owned(), exec: exec.to_owned() };
+        let container = table.container(id)?;
+        if container.state == State::Stopped {
+            return Err(ended());
+        }
+        container.apply(id, Event::Signal)?;
+        if all {
+            let cgroup = &container.remains.cgroup;
+            if signal == SIGKILL {
+                return Ok(cgroup.kill()?);
+            }
+            return Ok(cgroup.signal_all(signal)?);
+        }
+        let process = table.process(id, exec)?;
+        if !process.alive {
+            return Err(ended());
+        }
+        sys::pidfd_send_signal(process.pidfd.as_fd(), signal).map_err(|_| ended())
+    }
+
+    /// Sets the window size of a process's terminal, in characters.
+    ///
+    /// # Errors
+    /// [`ContainerError`], e.g. if it has none.
+    pub(crate) fn resize(
+        &self,
+        id: &str,
+        exec: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(), ContainerError> {
+        let size = |field, value: u32| {
+            u16::try_from(value).map_err(|_| ContainerError::Value {
+                field,
+                value,
+                must: "at most 65535",
+            })
+        };
+        let (columns, rows) = (size("width", width)?, size("height", height)?);
+        let mut table = lock(&self.table);
+        let process = table.process(id, exec)?;
+        let (container, exec) = (id.to_owned(), exec.to_owned());
+        if !process.alive {
+            return Err(ContainerError::Ended { container, exec });
+        }
+        match process.relay.resize(columns, rows) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ContainerError::NoTerminal { container, exec }),
+            Err(source) => Err(super::process::step("set the window size")(source).into()),
+        }
+    }
+
+    /// Takes a container out of the table but keeps its name in use.
+    fn take_out(&self, id: &str) -> Result<super::Reservation, ContainerError> {
+        let mut table = lock(&self.table);
+        table.containers.remove(id).ok_or_else(|| ContainerError::NoContainer(id.to_owned()))?;
+        table.reserved.insert(id.to_owned());
+        Ok(super::Reservation { table: Arc::clone(&self.table), id: id.to_owned() })
+    }
+
+    /// Removes a container that is not running.
+    ///
+    /// # Errors
+    /// [`ContainerError`], e.g. if it is running.
+    pub(crate) async fn delete(&self, id: &str) -> Result<(), ContainerError> {
+        let remains = {
+            let mut table = lock(&self.table);
+            let container = table.container(id)?;
+            container.apply(id, Event::Delete)?;
+            // A created container's process ends by this.
+            container.gate = None;
+            Arc::clone(&container.remains)
+        };
+        remains.cgroup.kill()?;
+        self.wait(id, super::MAIN).await?;
+        let _reservation = self.take_out(id)?;
+        self.clear(&remains).await
+    }
+
+    /// Kills all containers and waits for their end.
+    pub(crate) async fn kill_all(&self) {
+        if let Err(error) = crate::cgroup::kill_all() {
+            tracing::error!(error = crate::chain(&error), "cannot kill the containers");
+        }
+        let outcomes: Vec<_> =
+            lock(&self.table).containers.values().map(|c| c.main.outcome.subscribe()).collect();
+        for mut outcome in outcomes {
+            // The sender may be gone: then so is the container.
+            let _gone = outcome.wait_for(|o| matches!(o, Outcome::Ended(_))).await;
+        }
+    }
+
+    /// All containers.
+    pub(crate) fn list(&self) -> Vec<agent::Container> {
+        use agent::container::State as Wire;
+        let table = lock(&self.table);
+        let describe = |(id, container): (&String, &super::Container)| agent::Container {
+            id: id.clone(),
+            state: match container.state {
+                State::Creating => Wire::Unspecified,
+                State::Created => Wire::Created,
+                State::Running => Wire::Running,
+                State::Stopped | State::Deleting => Wire::Stopped,
+            }
+            .into(),
+            pid: container.main.pid,
+        };
+        table.containers.iter().map(describe).collect()
+    }
+
+    /// What every container uses.
+    pub(crate) fn stats(&self) -> Vec<ContainerStats> {
+        let table = lock(&self.table);
+        let measure = |(id, container): (&String, &super::Container)| {
+            let cgroup = &container.remains.cgroup;
+            ContainerStats {
+                id: id.clone(),
+                cpu_usage_us: cgroup.keyed("cpu.stat", "usage_usec"),
+                memory_current: cgroup.number("memory.current"),
+                memory_peak: cgroup.number("memory.peak"),
+                oom_kills: cgroup.oom_kills(),
+                pids: cgroup.number("pids.current"),
+            }
+        };
+        table.containers.iter().map(measure).collect()
+    }
+}

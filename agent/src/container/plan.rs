@@ -1,0 +1,318 @@
+//! A container, understood: everything that can be known to be wrong with a request is found here,
+//! before anything exists.
+
+use std::collections::BTreeMap;
+
+use husk_proto::guest;
+
+use super::mounts::{self, MountPlan};
+use super::process::ProcessPlan;
+use super::spec::{self, Device, Namespace, NamespaceKind, Spec, SpecError};
+use crate::cgroup::devices::{self, Rule};
+use crate::cgroup::values::{self, Setting};
+use crate::sysctl;
+
+/// A container, understood.
+#[derive(Debug, Clone)]
+pub(crate) struct ContainerPlan {
+    pub(crate) process: ProcessPlan,
+    /// The `process` object as given, from which an exec takes what it does not say itself.
+    pub(crate) given: spec::Process,
+    pub(crate) namespaces: Namespaces,
+    pub(crate) mounts: Vec<MountPlan>,
+    pub(crate) devices: Vec<DeviceNode>,
+    pub(crate) read_only_root: bool,
+    /// Both only with a UTS namespace of its own.
+    pub(crate) hostname: Option<String>,
+    pub(crate) domainname: Option<String>,
+    pub(crate) sysctls: BTreeMap<String, String>,
+    pub(crate) masked_paths: Vec<String>,
+    pub(crate) readonly_paths: Vec<String>,
+    /// Of the root: MS_* and whether for all mounts below it.
+    pub(crate) propagation: Option<(u64, bool)>,
+    /// Below the cgroup of all containers.
+    pub(crate) cgroup_path: String,
+    pub(crate) cgroup_settings: Vec<Setting>,
+    pub(crate) device_rules: Vec<Rule>,
+}
+
+/// Which namespaces a container has for itself (CLONE_NEW*), and which it joins (paths).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Namespaces {
+    pub(crate) new: u64,
+    pub(crate) joined: Vec<(NamespaceKind, String)>,
+}
+
+impl NamespaceKind {
+    /// The flag of clone(2) and setns(2).
+    pub(crate) fn flag(self) -> u64 {
+        let flag = match self {
+            Self::Pid => libc::CLONE_NEWPID,
+            Self::Network => libc::CLONE_NEWNET,
+            Self::Mount => libc::CLONE_NEWNS,
+            Self::Ipc => libc::CLONE_NEWIPC,
+            Self::Uts => libc::CLONE_NEWUTS,
+            Self::Cgroup => libc::CLONE_NEWCGROUP,
+        };
+        u64::from(flag.unsigned_abs())
+    }
+}
+
+/// A device node to make, beside those that every container has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DeviceNode {
+    pub(crate) path: String,
+    /// S_IFCHR, S_IFBLK or S_IFIFO, and the permissions.
+    pub(crate) mode: u32,
+    pub(crate) major: u32,
+    pub(crate) minor: u32,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
+
+/// Most entries of a list of the specification that costs the kernel something each.
+const MAX_ENTRIES: usize = 1024;
+
+impl ContainerPlan {
+    /// Understands the specification of container `id` in a pod of this host name.
+    ///
+    /// # Errors
+    /// [`SpecError`] naming the field.
+    pub(crate) fn new(id: &str, spec: &Spec, pod_hostname: &str) -> Result<Self, SpecError> {
+        let root = format!("{}/{id}/rootfs", guest::CONTAINERS);
+        if spec.root.path != root {
+            let reason = "must be the container's own (CONTAINERS/<id>/rootfs)";
+            return Err(SpecError::invalid("root.path", &spec.root.path, reason));
+        }
+        let linux = &spec.linux;
+        for (field, count) in [
+            ("mounts", spec.mounts.len()),
+            ("linux.devices", linux.devices.len()),
+            ("linux.maskedPaths", linux.masked_paths.len()),
+            ("linux.readonlyPaths", linux.readonly_paths.len()),
+            ("linux.sysctl", linux.sysctl.len()),
+        ] {
+            if count > MAX_ENTRIES {
+                return Err(SpecError::invalid(field, count.to_string(), "at most 1024 entries"));
+            }
+        }
+        let namespaces = namespaces(&linux.namespaces)?;
+        let mounts = spec
+            .mounts
+            .iter()
+            .enumerate()
+            .map(|(index, mount)| mounts::plan(index, mount))
+            .collect::<Result<_, _>>()?;
+        for (field, paths) in [
+            ("linux.maskedPaths", &linux.masked_paths),
+            ("linux.readonlyPaths", &linux.readonly_paths),
+        ] {
+            if let Some(bad) = paths.iter().find(|p| !p.starts_with('/')) {
+                return Err(SpecError::invalid(field, bad, "must be absolute"));
+            }
+        }
+        for key in linux.sysctl.keys() {
+            if !sysctl::is_namespaced(key) {
+                let reason = "must be of a namespace (net.*, kernel.shm*, kernel.msg*, ...)";
+                return Err(SpecError::invalid("linux.sysctl", key, reason));
+            }
+        }
+        let propagation = match linux.rootfs_propagation.as_deref() {
+            None | Some("") => None,
+            Some(name) => Some(mounts::propagation(name).ok_or_else(|| {
+                let reason = "must be a propagation, as rslave";
+                SpecError::invalid("linux.rootfsPropagation", name, reason)
+            })?),
+        };
+        let cgroup_path = linux.cgroups_path.clone().filter(|p| !p.is_empty());
+        Ok(Self {
+            process: ProcessPlan::new(&spec.process, "process.")?,
+            given: spec.process.clone(),
+            hostname: own_name("hostname", spec.hostname.as_deref(), &namespaces, pod_hostname)?,
+            domainname: own_name("domainname", spec.domainname.as_deref(), &namespaces, "")?,
+            namespaces,
+            mounts,
+            devices: device_nodes(&linux.devices)?,
+            read_only_root: spec.root.readonly,
+            sysctls: linux.sysctl.clone(),
+            masked_paths: linux.masked_paths.clone(),
+            readonly_paths: linux.readonly_paths.clone(),
+            propagation,
+            cgroup_path: cgroup_path.unwrap_or_else(|| id.to_owned()),
+            cgroup_settings: values::settings(&linux.resources)?,
+            device_rules: devices::rules(&linux.resources.devices)?,
+        })
+    }
+
+    /// The process of an exec: what it does not say itself is as in the container.
+    ///
+    /// # Errors
+    /// [`SpecError`] naming the field.
+    pub(crate) fn exec(&self, mut process: spec::Process) -> Result<ProcessPlan, SpecError> {
+        let given = &self.given;
+        process.capabilities = process.capabilities.or_else(|| given.capabilities.clone());
+        process.rlimits = process.rlimits.or_else(|| given.rlimits.clone());
+        process.no_new_privileges = process.no_new_privileges.or(given.no_new_privileges);
+        process.oom_score_adj = process.oom_score_adj.or(given.oom_score_adj);
+        ProcessPlan::new(&process, "")
+    }
+}
+
+/// A host or domain name: only for a container with a UTS namespace of its own, but the name that
+/// the pod has anyhow is no contradiction.
+fn own_name(
+    field: &str,
+    name: Option<&str>,
+    namespaces: &Namespaces,
+    pod: &str,
+) -> Result<Option<String>, SpecError> {
+    match name.filter(|n| !n.is_empty()) {
+        None => Ok(None),
+        Some(name) if namespaces.new & NamespaceKind::Uts.flag() != 0 => Ok(Some(name.to_owned())),
+        Some(name) if name == pod => Ok(None),
+        Some(name) => {
+            let reason = "needs a uts namespace of the container's own";
+            Err(SpecError::invalid(field, name, reason))
+        }
+    }
+}
+
+/// Understands `linux.namespaces`.
+fn namespaces(given: &[Namespace]) -> Result<Namespaces, SpecError> {
+    let mut all = Namespaces::default();
+    let mut seen = 0;
+    for (index, namespace) in given.iter().enumerate() {
+        let field = format!("linux.namespaces[{index}]");
+        let flag = namespace.kind.flag();
+        let name = format!("{:?}", namespace.kind).to_lowercase();
+        if seen & flag != 0 {
+            return Err(SpecError::invalid(field, name, "must appear once"));
+        }
+        seen |= flag;
+        match namespace.path.as_deref().filter(|p| !p.is_empty()) {
+            None => all.new |= flag,
+            Some(_) if namespace.kind == NamespaceKind::Mount => {
+                let reason = "a mount namespace cannot be joined: the root is made in a new one";
+                return Err(SpecError::invalid(field, name, reason));
+            }
+            Some(path) => all.joined.push((namespace.kind, path.to_owned())),
+        }
+    }
+    let mount = NamespaceKind::Mount.flag();
+    if all.new & mount == 0 {
+        let reason = "must hold a new mount namespace";
+        return Err(SpecError::invalid("linux.namespaces", "[]", reason));
+    }
+    Ok(all)
+}
+
+/// Understands `linux.devices`.
+fn device_nodes(given: &[Device]) -> Result<Vec<DeviceNode>, SpecError> {
+    let node = |(index, device): (usize, &Device)| {
+        let field = |name: &str| format!("linux.devices[{index}].{name}");
+        let kind = match device.kind.as_str() {
+            "c" | "u" => libc::S_IFCHR,
+            "b" => libc::S_IFBLK,
+            "p" => libc::S_IFIFO,
+            other => {
+                return Err(SpecError::invalid(field("type"), other, "must be b, c, u or p"));
+            }
+        };
+        if !device.path.starts_with('/') {
+            return Err(SpecError::invalid(field("path"), &device.path, "must be absolute"));
+        }
+        Ok(DeviceNode {
+            path: device.path.clone(),
+            mode: kind | (device.file_mode.unwrap_or(0o666) & 0o7777),
+            major: device.major,
+            minor: device.minor,
+            uid: device.uid.unwrap_or(0),
+            gid: device.gid.unwrap_or(0),
+        })
+    };
+    given.iter().enumerate().map(node).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn plan(change: impl FnOnce(&mut Value)) -> Result<ContainerPlan, SpecError> {
+        let mut spec = json!({
+            "ociVersion": "1.2.0",
+            "process": {"cwd": "/", "args": ["true"], "noNewPrivileges": true,
+                        "capabilities": {"bounding": ["CAP_KILL"]}},
+            "root": {"path": "/run/husk/containers/a/rootfs"},
+            "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}]},
+        });
+        change(&mut spec);
+        let spec = spec::parse(&serde_json::to_vec(&spec).unwrap())?;
+        ContainerPlan::new("a", &spec, "pod")
+    }
+
+    fn refusal(change: impl FnOnce(&mut Value)) -> String {
+        plan(change).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_root_elsewhere_is_refused() {
+        assert!(refusal(|s| s["root"]["path"] = json!("/")).contains("root.path"));
+    }
+
+    #[test]
+    fn a_container_needs_a_mount_namespace_of_its_own() {
+        assert!(refusal(|s| s["linux"]["namespaces"] = json!([])).contains("linux.namespaces"));
+        let joined = json!([{"type": "mount", "path": "/proc/1/ns/mnt"}]);
+        assert!(refusal(|s| s["linux"]["namespaces"] = joined).contains("linux.namespaces[0]"));
+        let twice = json!([{"type": "mount"}, {"type": "mount"}]);
+        assert!(refusal(|s| s["linux"]["namespaces"] = twice).contains("once"));
+    }
+
+    #[test]
+    fn a_host_name_needs_a_uts_namespace_unless_it_is_the_pods() {
+        assert_eq!(plan(|s| s["hostname"] = json!("pod")).unwrap().hostname, None);
+        assert!(refusal(|s| s["hostname"] = json!("other")).contains("hostname"));
+        let own = plan(|s| {
+            s["hostname"] = json!("other");
+            s["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "uts"}]);
+        });
+        assert_eq!(own.unwrap().hostname.as_deref(), Some("other"));
+    }
+
+    #[test]
+    fn the_cgroup_is_named_after_the_container_unless_a_path_is_given() {
+        assert_eq!(plan(|_| ()).unwrap().cgroup_path, "a");
+        let given = plan(|s| s["linux"]["cgroupsPath"] = json!("/x/y")).unwrap();
+        assert_eq!(given.cgroup_path, "/x/y");
+    }
+
+    #[test]
+    fn sysctls_of_the_whole_guest_are_refused() {
+        assert!(plan(|s| s["linux"]["sysctl"] = json!({"net.core.somaxconn": "1"})).is_ok());
+        let message = refusal(|s| s["linux"]["sysctl"] = json!({"vm.swappiness": "1"}));
+        assert!(message.contains("linux.sysctl") && message.contains("vm.swappiness"));
+    }
+
+    #[test]
+    fn devices_are_understood() {
+        let devices = json!([{"type": "c", "path": "/dev/fuse", "major": 10, "minor": 229}]);
+        let plan = plan(|s| s["linux"]["devices"] = devices).unwrap();
+        let [node] = &plan.devices[..] else { panic!("not one") };
+        assert_eq!((node.mode, node.major, node.minor), (libc::S_IFCHR | 0o666, 10, 229));
+        let bad = json!([{"type": "x", "path": "/dev/fuse"}]);
+        assert!(refusal(|s| s["linux"]["devices"] = bad).contains("linux.devices[0].type"));
+    }
+
+    #[test]
+    fn an_exec_takes_from_the_container_what_it_does_not_say() {
+        let plan = plan(|_| ()).unwrap();
+        let exec = |json: &[u8]| plan.exec(spec::parse_process(json).unwrap()).unwrap();
+        let inherited = format!("{:?}", exec(br#"{"cwd": "/", "args": ["x"]}"#));
+        assert!(inherited.contains("no_new_privileges: true") && inherited.contains("KILL"));
+        let own =
+            exec(br#"{"cwd": "/", "args": ["x"], "noNewPrivileges": false, "capabilities": {}}"#);
+        let own = format!("{own:?}");
+        assert!(own.contains("no_new_privileges: false") && !own.contains("KILL"));
+    }
+}

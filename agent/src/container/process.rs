@@ -1,0 +1,311 @@
+//! The `process` object: understood before the process exists, applied inside it.
+
+use std::ffi::CString;
+use std::io;
+
+use rustix::fs::Mode;
+use rustix::process::{Gid, Resource, Rlimit, Uid};
+use rustix::thread::{self, CapabilitySet, CapabilitySets};
+
+use super::caps::{self, CapSets};
+use super::spec::{self, Capabilities, Process, SpecError};
+
+/// A process, understood.
+#[derive(Debug, Clone)]
+pub(crate) struct ProcessPlan {
+    pub(crate) args: Vec<String>,
+    pub(crate) env: Vec<String>,
+    pub(crate) cwd: String,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    groups: Vec<u32>,
+    umask: u32,
+    capabilities: CapSets,
+    rlimits: Vec<(Resource, Rlimit)>,
+    no_new_privileges: bool,
+    oom_score_adj: i32,
+    /// Some if it has a terminal: its columns and rows, both 0 if the specification gives none.
+    pub(crate) terminal: Option<(u16, u16)>,
+}
+
+/// Names of resource limits.
+const RLIMITS: [(&str, Resource); 16] = [
+    ("RLIMIT_AS", Resource::As),
+    ("RLIMIT_CORE", Resource::Core),
+    ("RLIMIT_CPU", Resource::Cpu),
+    ("RLIMIT_DATA", Resource::Data),
+    ("RLIMIT_FSIZE", Resource::Fsize),
+    ("RLIMIT_LOCKS", Resource::Locks),
+    ("RLIMIT_MEMLOCK", Resource::Memlock),
+    ("RLIMIT_MSGQUEUE", Resource::Msgqueue),
+    ("RLIMIT_NICE", Resource::Nice),
+    ("RLIMIT_NOFILE", Resource::Nofile),
+    ("RLIMIT_NPROC", Resource::Nproc),
+    ("RLIMIT_RSS", Resource::Rss),
+    ("RLIMIT_RTPRIO", Resource::Rtprio),
+    ("RLIMIT_RTTIME", Resource::Rttime),
+    ("RLIMIT_SIGPENDING", Resource::Sigpending),
+    ("RLIMIT_STACK", Resource::Stack),
+];
+
+/// The file mode creation mask of a process that names none, as in runc.
+const DEFAULT_UMASK: u32 = 0o022;
+
+/// Most supplementary groups that Linux takes (NGROUPS_MAX).
+const MAX_GROUPS: usize = 65_536;
+
+/// A step of starting a process that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{step}")]
+pub(crate) struct StepError {
+    pub(crate) step: String,
+    #[source]
+    pub(crate) source: io::Error,
+}
+
+/// Names the step that failed.
+pub(crate) fn step<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> StepError {
+    move |source| StepError { step: step.into(), source: source.into() }
+}
+
+impl ProcessPlan {
+    /// Understands a `process` object; `prefix` is put before the fields' names in errors.
+    ///
+    /// # Errors
+    /// [`SpecError::Invalid`] naming the field.
+    pub(crate) fn new(process: &Process, prefix: &str) -> Result<Self, SpecError> {
+        let user = &process.user;
+        // The kernel takes this number for "do not change".
+        for (name, id) in [("uid", user.uid), ("gid", user.gid)]
+            .into_iter()
+            .chain(user.additional_gids.iter().map(|gid| ("additionalGids", *gid)))
+        {
+            if id == u32::MAX {
+                let field = format!("{prefix}user.{name}");
+                return Err(SpecError::invalid(field, id.to_string(), "must be below 2^32 - 1"));
+            }
+        }
+        if user.additional_gids.len() > MAX_GROUPS {
+            let count = user.additional_gids.len().to_string();
+            let field = format!("{prefix}user.additionalGids");
+            return Err(SpecError::invalid(field, count, "must be at most 65536 groups"));
+        }
+        let none = Capabilities::default();
+        let adj = process.oom_score_adj.unwrap_or(0);
+        if !(-1000..=1000).contains(&adj) {
+            let field = format!("{prefix}oomScoreAdj");
+            return Err(SpecError::invalid(field, adj.to_string(), "must be -1000 to 1000"));
+        }
+        Ok(Self {
+            args: process.args.clone(),
+            env: process.env.clone(),
+            cwd: process.cwd.clone(),
+            uid: user.uid,
+            gid: user.gid,
+            groups: user.additional_gids.clone(),
+            umask: user.umask.unwrap_or(DEFAULT_UMASK),
+            capabilities: caps::sets(process.capabilities.as_ref().unwrap_or(&none), prefix)?,
+            rlimits: rlimits(process.rlimits.as_deref().unwrap_or_default(), prefix)?,
+            no_new_privileges: process.no_new_privileges.unwrap_or(false),
+            oom_score_adj: adj,
+            terminal: process
+                .terminal
+                .then(|| process.console_size.map_or((0, 0), |s| (s.width, s.height))),
+        })
+    }
+
+    /// Makes the process a candidate for the OOM killer, which the agent is not. To be called while
+    /// the process still sees the agent's /proc.
+    pub(crate) fn apply_oom_score(&self) -> Result<(), StepError> {
+        std::fs::write("/proc/self/oom_score_adj", self.oom_score_adj.to_string())
+            .map_err(step("oomScoreAdj"))
+    }
+
+    /// Sets the resource limits, which the process may not raise itself later.
+    pub(crate) fn apply_rlimits(&self) -> Result<(), StepError> {
+        for (resource, limit) in &self.rlimits {
+            rustix::process::setrlimit(*resource, limit.clone())
+                .map_err(step(format!("rlimits: {resource:?}")))?;
+        }
+        Ok(())
+    }
+
+    /// Goes to the working directory, and becomes the user with its groups and capabilities.
+    /// The last thing before the program.
+    pub(crate) fn apply_identity(&self) -> Result<(), StepError> {
+        rustix::process::umask(Mode::from_raw_mode(self.umask & 0o777));
+        // As runc: first with all rights; then again as the user, who may be the only one to enter
+        // (a FUSE file system, for instance).
+        let entered = rustix::process::chdir(self.cwd.as_str());
+        self.become_user()?;
+        if let Err(first) = entered {
+            let retry = match first {
+                rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
+                    rustix::process::chdir(self.cwd.as_str())
+                }
+                other => Err(other),
+            };
+            retry.map_err(step(format!("cwd {:?}", self.cwd)))?;
+        }
+        if self.no_new_privileges {
+            thread::set_no_new_privs(true).map_err(step("noNewPrivileges"))?;
+        }
+        Ok(())
+    }
+
+    /// The order matters: the bounding set needs CAP_SETPCAP, the groups need CAP_SETGID, and the
+    /// permitted set survives the change of user only by KEEPCAPS.
+    fn become_user(&self) -> Result<(), StepError> {
+        let wanted = &self.capabilities;
+        for capability in caps::every().filter(|c| !wanted.bounding.contains(*c)) {
+            thread::remove_capability_from_bounding_set(capability)
+                .map_err(step("capabilities.bounding"))?;
+        }
+        thread::set_keep_capabilities(true).map_err(step("keep capabilities"))?;
+        let groups: Vec<Gid> = self.groups.iter().map(|g| Gid::from_raw(*g)).collect();
+        thread::set_thread_groups(&groups).map_err(step("user.additionalGids"))?;
+        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
+        thread::set_thread_res_gid(gid, gid, gid).map_err(step("user.gid"))?;
+        thread::set_thread_res_uid(uid, uid, uid).map_err(step("user.uid"))?;
+        thread::set_keep_capabilities(false).map_err(step("keep capabilities"))?;
+        let sets = CapabilitySets {
+            effective: wanted.effective,
+            permitted: wanted.permitted,
+            inheritable: wanted.inheritable,
+        };
+        thread::set_capabilities(None, sets).map_err(step("capabilities"))?;
+        thread::clear_ambient_capability_set().map_err(step("capabilities.ambient"))?;
+        for capability in caps::every().filter(|c| wanted.ambient.contains(*c)) {
+            let one: CapabilitySet = capability;
+            thread::configure_capability_in_ambient_set(one, true)
+                .map_err(step("capabilities.ambient"))?;
+        }
+        Ok(())
+    }
+
+    /// The environment, with HOME added from the container's /etc/passwd if it has none, as runc
+    /// does. To be called inside the container.
+    pub(crate) fn environment(&self) -> Vec<String> {
+        let mut env = self.env.clone();
+        let has_home = env.iter().any(|e| e.strip_prefix("HOME=").is_some_and(|v| !v.is_empty()));
+        if !has_home {
+            env.retain(|e| !e.starts_with("HOME="));
+            // A container without the file, or with a broken one, is no error: the root then.
+            let passwd = read_capped("/etc/passwd").unwrap_or_default();
+            env.push(format!("HOME={}", home_of(&passwd, self.uid).unwrap_or("/")));
+        }
+        env
+    }
+}
+
+/// Most of /etc/passwd that is read: the file is the container's, and can be anything.
+const MAX_PASSWD_BYTES: u64 = 1 << 20;
+
+fn read_capped(path: &str) -> io::Result<String> {
+    use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut text = Vec::new();
+    // A FIFO of that name must not stop the start.
+    let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    file.take(MAX_PASSWD_BYTES).read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// The home directory of a user in the text of a passwd file.
+fn home_of(passwd: &str, uid: u32) -> Option<&str> {
+    passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let id = fields.nth(2)?;
+        (id.parse() == Ok(uid)).then(|| fields.nth(2)).flatten().filter(|home| !home.is_empty())
+    })
+}
+
+/// Understands the resource limits.
+fn rlimits(given: &[spec::Rlimit], prefix: &str) -> Result<Vec<(Resource, Rlimit)>, SpecError> {
+    let mut all: Vec<(Resource, Rlimit)> = Vec::new();
+    for (index, limit) in given.iter().enumerate() {
+        let field = format!("{prefix}rlimits[{index}]");
+        let Some((_, resource)) = RLIMITS.iter().find(|(name, _)| *name == limit.kind) else {
+            return Err(SpecError::invalid(field, &limit.kind, "must name one, as RLIMIT_NOFILE"));
+        };
+        if limit.soft > limit.hard {
+            let value = limit.soft.to_string();
+            return Err(SpecError::invalid(field, value, "soft must not be above hard"));
+        }
+        if all.iter().any(|(r, _)| r == resource) {
+            return Err(SpecError::invalid(field, &limit.kind, "must appear once"));
+        }
+        // RLIM_INFINITY
+        let value = |v: u64| (v != u64::MAX).then_some(v);
+        let limit = Rlimit { current: value(limit.soft), maximum: value(limit.hard) };
+        all.push((*resource, limit));
+    }
+    Ok(all)
+}
+
+/// Strings as C wants them.
+pub(crate) fn c_strings(strings: &[String]) -> Result<Vec<CString>, StepError> {
+    strings.iter().map(|s| CString::new(s.as_str()).map_err(step("a string with a NUL"))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn plan(extra: Value) -> Result<ProcessPlan, SpecError> {
+        let mut process = json!({"cwd": "/", "args": ["true"]});
+        process.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        ProcessPlan::new(&serde_json::from_value(process).unwrap(), "process.")
+    }
+
+    #[test]
+    fn limits_are_understood_and_infinity_is_no_limit() {
+        let rlimits = json!([{"type": "RLIMIT_NOFILE", "soft": 64, "hard": u64::MAX}]);
+        let plan = plan(json!({ "rlimits": rlimits })).unwrap();
+        let [(resource, limit)] = &plan.rlimits[..] else { panic!("not one") };
+        assert_eq!(*resource, Resource::Nofile);
+        assert_eq!((limit.current, limit.maximum), (Some(64), None));
+    }
+
+    #[test]
+    fn impossible_values_are_refused_by_name() {
+        for (extra, field) in [
+            (json!({"user": {"uid": u32::MAX, "gid": 0}}), "process.user.uid"),
+            (json!({"oomScoreAdj": 1001}), "process.oomScoreAdj"),
+            (
+                json!({"rlimits": [{"type": "RLIMIT_X", "soft": 1, "hard": 1}]}),
+                "process.rlimits[0]",
+            ),
+            (
+                json!({"rlimits": [{"type": "RLIMIT_AS", "soft": 2, "hard": 1}]}),
+                "process.rlimits[0]",
+            ),
+            (
+                json!({"rlimits": [{"type": "RLIMIT_AS", "soft": 1, "hard": 1},
+                                   {"type": "RLIMIT_AS", "soft": 1, "hard": 1}]}),
+                "process.rlimits[1]",
+            ),
+        ] {
+            let message = plan(extra).unwrap_err().to_string();
+            assert!(message.contains(field), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_home_directory_comes_from_the_line_of_the_user() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33::/var/www:\nx:x:7:7:::\n";
+        assert_eq!(home_of(passwd, 0), Some("/root"));
+        assert_eq!(home_of(passwd, 33), Some("/var/www"));
+        assert_eq!(home_of(passwd, 7), None);
+        assert_eq!(home_of(passwd, 1), None);
+    }
+
+    #[test]
+    fn a_given_home_is_kept_and_an_empty_one_replaced() {
+        let given = plan(json!({"env": ["HOME=/h"]})).unwrap();
+        assert_eq!(given.environment(), ["HOME=/h"]);
+        let empty = plan(json!({"env": ["A=1", "HOME="], "user": {"uid": 0, "gid": 0}})).unwrap();
+        assert_eq!(empty.environment(), ["A=1", "HOME=/root"]);
+    }
+}

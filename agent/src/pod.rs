@@ -1,0 +1,123 @@
+//! The pod's shared world, made once.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use husk_proto::agent::SetupPodRequest;
+use rustix::time::{ClockId, Timespec};
+
+use crate::host::Host;
+use crate::storage::{self, StorageError};
+use crate::sysctl::{self, SysctlError};
+
+/// What containers need to know of their pod.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct PodInfo {
+    pub(crate) hostname: String,
+    /// The file systems, and whether each is read-only.
+    pub(crate) filesystems: BTreeMap<String, bool>,
+}
+
+/// A pod that was not set up.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PodError {
+    #[error("hostname: {0:?} must be 1 to 64 letters, digits, dots and hyphens")]
+    Hostname(String),
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
+    #[error("{what}")]
+    Io {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl PodError {
+    /// Whether the request is at fault, so that it would fail anywhere.
+    pub(crate) fn is_invalid(&self) -> bool {
+        match self {
+            Self::Hostname(_) | Self::Sysctl(SysctlError::NotNamespaced(_)) => true,
+            Self::Storage(e) => !matches!(e, StorageError::NoDisk { .. } | StorageError::Io { .. }),
+            Self::Sysctl(SysctlError::Write { .. }) | Self::Io { .. } => false,
+        }
+    }
+}
+
+/// Longest host name (HOST_NAME_MAX of Linux).
+const MAX_HOSTNAME: usize = 64;
+
+/// Checks what can be checked before anything is made.
+fn check(request: &SetupPodRequest) -> Result<(), PodError> {
+    let name = &request.hostname;
+    let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-');
+    if name.is_empty() || name.len() > MAX_HOSTNAME || !name.bytes().all(good) {
+        return Err(PodError::Hostname(name.clone()));
+    }
+    if let Some(key) = request.sysctls.keys().find(|key| !sysctl::is_namespaced(key)) {
+        return Err(SysctlError::NotNamespaced(key.clone()).into());
+    }
+    Ok(storage::check(&request.filesystems, &request.volumes)?)
+}
+
+/// Makes the pod's world.
+///
+/// # Errors
+/// [`PodError`]. What was made so far stays: the pod has failed, and its VM ends.
+pub(crate) async fn set_up(host: &Host, request: &SetupPodRequest) -> Result<PodInfo, PodError> {
+    check(request)?;
+    let SetupPodRequest { hostname, filesystems, volumes, sysctls, realtime_ns, shm_size } =
+        request;
+    if *realtime_ns != 0 {
+        set_clock(*realtime_ns).map_err(|source| PodError::Io { what: "set the clock", source })?;
+    }
+    rustix::system::sethostname(hostname.as_bytes())
+        .map_err(|e| PodError::Io { what: "set the host name", source: e.into() })?;
+    for filesystem in filesystems {
+        storage::mount(host, filesystem).await?;
+    }
+    for volume in volumes {
+        storage::make_volume(volume)?;
+    }
+    storage::make_shm(*shm_size)?;
+    sysctl::apply(sysctls)?;
+    Ok(PodInfo {
+        hostname: hostname.clone(),
+        filesystems: filesystems.iter().map(|f| (f.name.clone(), f.read_only)).collect(),
+    })
+}
+
+/// Sets the guest's clock to ns since the epoch.
+fn set_clock(ns: u64) -> io::Result<()> {
+    const NS_PER_S: u64 = 1_000_000_000;
+    let part = |value: u64| i64::try_from(value).map_err(|_| io::ErrorKind::InvalidInput);
+    let time = Timespec { tv_sec: part(ns / NS_PER_S)?, tv_nsec: part(ns % NS_PER_S)? };
+    Ok(rustix::time::clock_settime(ClockId::Realtime, time)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(hostname: &str) -> SetupPodRequest {
+        SetupPodRequest { hostname: hostname.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn host_names_are_checked() {
+        check(&request("web-0.example")).unwrap();
+        for name in ["", "a b", "a/b", &"a".repeat(65)] {
+            let error = check(&request(name)).unwrap_err();
+            assert!(error.is_invalid() && error.to_string().contains("hostname"), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn sysctls_of_the_whole_guest_are_refused_before_anything_is_made() {
+        let mut request = request("pod");
+        request.sysctls.insert("vm.swappiness".into(), "1".into());
+        assert!(check(&request).unwrap_err().is_invalid());
+    }
+}

@@ -1,0 +1,312 @@
+//! A process's streams: pipes or a terminal on one side, a connection to the host for each on the
+//! other.
+//!
+//! Back-pressure: output is read from the process only after the host took what was read before, so
+//! that a reader that stops grows nobody's memory: there is at most one buffer of [`BUFFER_BYTES`]
+//! for each stream, and none while a stream is idle.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_proto::agent::Stdio;
+use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::pipe::PipeFlags;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncWriteExt, Interest};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::task::JoinHandle;
+
+use crate::sys;
+use crate::transport::{ConnectError, Transport};
+
+/// The most that is in the agent for one stream: as much as a pipe holds.
+const BUFFER_BYTES: usize = 64 * 1024;
+
+/// How long a process that has ended waits for the end of its output, which comes at once unless a
+/// descendant of it lives on and holds its output open.
+pub(crate) const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+
+/// Streams that could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StdioError {
+    #[error("stdio: with a terminal, stderr_port must be 0, but it is {0}")]
+    StderrOfTerminal(u32),
+    #[error("stdio")]
+    Connect(#[source] ConnectError),
+    #[error("stdio: {what}")]
+    Io {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> StdioError {
+    move |source| StdioError::Io { what, source: source.into() }
+}
+
+/// Connections and pipes that nothing flows through yet.
+pub(crate) enum Ends {
+    Pipes { input: Option<(UnixStream, pipe::Sender)>, outputs: Vec<(pipe::Receiver, UnixStream)> },
+    Terminal { input: Option<UnixStream>, output: Option<UnixStream> },
+}
+
+/// Connects the streams that `ports` names. Returns the agent's ends, and what the process is to
+/// have as its standard input, output and error, which belong to its user so that it can open
+/// them again by /dev/stdout and the like.
+///
+/// # Errors
+/// [`StdioError`]; then nothing is left open.
+pub(crate) async fn open(
+    transport: &Transport,
+    ports: &Stdio,
+    terminal: bool,
+    (uid, gid): (u32, u32),
+) -> Result<(Ends, [OwnedFd; 3]), StdioError> {
+    let connect = async |port: u32| match port {
+        0 => Ok(None),
+        port => transport.connect(port).await.map(Some).map_err(StdioError::Connect),
+    };
+    if terminal && ports.stderr_port != 0 {
+        return Err(StdioError::StderrOfTerminal(ports.stderr_port));
+    }
+    let input = connect(ports.stdin_port).await?;
+    let output = connect(ports.stdout_port).await?;
+    if terminal {
+        let ends = Ends::Terminal { input, output };
+        return Ok((ends, [null()?, null()?, null()?]));
+    }
+    let error = connect(ports.stderr_port).await?;
+
+    let make_pipe = || -> Result<(OwnedFd, OwnedFd), StdioError> {
+        let (read, write) =
+            rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(failed("make a pipe"))?;
+        rustix::fs::fchown(&read, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+            .map_err(failed("give a pipe to the user"))?;
+        Ok((read, write))
+    };
+    let mut outputs = Vec::new();
+    let (input, child_input) = match input {
+        None => (None, null()?),
+        Some(socket) => {
+            let (read, write) = make_pipe()?;
+            let write = pipe::Sender::from_owned_fd(write).map_err(failed("watch a pipe"))?;
+            (Some((socket, write)), read)
+        }
+    };
+    let mut child_output = |socket: Option<UnixStream>| match socket {
+        None => null(),
+        Some(socket) => {
+            let (read, write) = make_pipe()?;
+            let read = pipe::Receiver::from_owned_fd(read).map_err(failed("watch a pipe"))?;
+            outputs.push((read, socket));
+            Ok(write)
+        }
+    };
+    let (child_output, child_error) = (child_output(output)?, child_output(error)?);
+    Ok((Ends::Pipes { input, outputs }, [child_input, child_output, child_error]))
+}
+
+fn null() -> Result<OwnedFd, StdioError> {
+    rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(failed("open /dev/null"))
+}
+
+/// The flowing streams of a process. Dropping it stops them and closes the connections.
+#[derive(Debug, Default)]
+pub(crate) struct Relay {
+    input: Option<JoinHandle<()>>,
+    outputs: Vec<JoinHandle<()>>,
+    terminal: Option<Arc<AsyncFd<OwnedFd>>>,
+}
+
+impl Relay {
+    /// Lets the streams flow. `master` is the terminal's, for a process that has one.
+    ///
+    /// # Errors
+    /// If the terminal cannot be watched.
+    pub(crate) fn start(ends: Ends, master: Option<OwnedFd>) -> Result<Self, StdioError> {
+        let mut relay = Self::default();
+        match ends {
+            Ends::Pipes { input, outputs } => {
+                relay.input = input.map(|(socket, pipe)| {
+                    tokio::spawn(
+                        async move { log_end("stdin", from_host_to_pipe(socket, pipe).await) },
+                    )
+                });
+                for (pipe, socket) in outputs {
+                    let source = Source::Pipe(pipe);
+                    relay.outputs.push(tokio::spawn(to_host(source, Some(socket))));
+                }
+            }
+            Ends::Terminal { input, output } => {
+                let Some(master) = master else { return Ok(relay) };
+                let flags = rustix::fs::fcntl_getfl(&master).map_err(failed("terminal"))?;
+                rustix::fs::fcntl_setfl(&master, flags | OFlags::NONBLOCK)
+                    .map_err(failed("terminal"))?;
+                let master = Arc::new(sys::watch(master).map_err(failed("watch the terminal"))?);
+                relay.input = input.map(|socket| {
+                    let master = Arc::clone(&master);
+                    tokio::spawn(async move {
+                        log_end("stdin", from_host_to_terminal(socket, &master).await);
+                    })
+                });
+                // Read even if nobody wants it: a terminal that is not read from stops its writers.
+                let source = Source::Terminal(Arc::clone(&master));
+                relay.outputs.push(tokio::spawn(to_host(source, output)));
+                relay.terminal = Some(master);
+            }
+        }
+        Ok(relay)
+    }
+
+    /// Sets the window size in characters. False if the process has no terminal.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub(crate) fn resize(&self, columns: u16, rows: u16) -> io::Result<bool> {
+        let Some(master) = &self.terminal else { return Ok(false) };
+        let size =
+            rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        rustix::termios::tcsetwinsize(master.get_ref(), size)?;
+        Ok(true)
+    }
+
+    /// For a process that has ended: waits until all of its output has been handed to the host,
+    /// but no longer than [`DRAIN_LIMIT`]. Returns whether it was all.
+    pub(crate) async fn drain(mut self) -> bool {
+        if let Some(input) = self.input.take() {
+            input.abort();
+        }
+        let outputs = std::mem::take(&mut self.outputs);
+        let stop: Vec<_> = outputs.iter().map(JoinHandle::abort_handle).collect();
+        let all = async {
+            for output in outputs {
+                // A relay ends by itself only at the end of its stream.
+                let _ended = output.await;
+            }
+        };
+        let complete = tokio::time::timeout(DRAIN_LIMIT, all).await.is_ok();
+        stop.iter().for_each(tokio::task::AbortHandle::abort);
+        complete
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.input.iter().chain(&self.outputs).for_each(JoinHandle::abort);
+    }
+}
+
+fn log_end(stream: &str, result: io::Result<()>) {
+    // A program that does not read its input to the end is nothing unusual.
+    if let Err(error) = result
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        tracing::warn!(stream, %error, "stream ended early");
+    }
+}
+
+/// Where a process's output comes from.
+enum Source {
+    Pipe(pipe::Receiver),
+    Terminal(Arc<AsyncFd<OwnedFd>>),
+}
+
+impl Source {
+    /// Waits until there is something to read, or the end.
+    async fn readable(&self) -> io::Result<()> {
+        match self {
+            Self::Pipe(pipe) => pipe.readable().await,
+            // The readiness is kept until a read says that there is nothing.
+            Self::Terminal(master) => master.readable().await.map(|mut g| g.retain_ready()),
+        }
+    }
+
+    /// Reads what is there. 0 is the end.
+    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => pipe.try_read(buffer),
+            Self::Terminal(master) => {
+                let read =
+                    master.try_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd, &mut *buffer)?));
+                match read {
+                    // What Linux says when the last process has closed the terminal.
+                    Err(e) if e.raw_os_error() == Some(libc::EIO) => Ok(0),
+                    result => result,
+                }
+            }
+        }
+    }
+}
+
+/// Carries output to the host until its end; the connection is then shut down for writing, which
+/// tells the host that this was all. Without a connection, or after it broke, output is read and
+/// dropped: a client that goes away must not stop or kill the program.
+async fn to_host(source: Source, mut socket: Option<UnixStream>) {
+    'stream: while source.readable().await.is_ok() {
+        let mut buffer = vec![0_u8; BUFFER_BYTES];
+        loop {
+            let bytes = match source.try_read(&mut buffer) {
+                Ok(0) => break 'stream,
+                Ok(count) => buffer.get(..count).unwrap_or_default(),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    tracing::warn!(%error, "output cannot be read any more");
+                    break 'stream;
+                }
+            };
+            if let Some(connection) = &mut socket {
+                if let Err(error) = connection.write_all(bytes).await {
+                    tracing::info!(%error, "nobody takes the output any more");
+                    socket = None;
+                }
+            } else {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+    if let Some(mut connection) = socket
+        && let Err(error) = connection.shutdown().await
+    {
+        tracing::info!(%error, "the output's end could not be told");
+    }
+}
+
+/// Carries the host's input to a pipe; its end closes the pipe.
+async fn from_host_to_pipe(socket: UnixStream, mut pipe: pipe::Sender) -> io::Result<()> {
+    loop {
+        socket.readable().await?;
+        let mut buffer = vec![0_u8; BUFFER_BYTES];
+        match socket.try_read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => pipe.write_all(buffer.get(..count).unwrap_or_default()).await?,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Carries the host's input to a terminal, which stays open at its end.
+async fn from_host_to_terminal(socket: UnixStream, master: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    loop {
+        socket.readable().await?;
+        let mut buffer = vec![0_u8; BUFFER_BYTES];
+        let mut rest = match socket.try_read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => buffer.get(..count).unwrap_or_default(),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(e) => return Err(e),
+        };
+        while !rest.is_empty() {
+            let written = master
+                .async_io(Interest::WRITABLE, |fd| Ok(rustix::io::write(fd.as_fd(), rest)?))
+                .await?;
+            rest = rest.get(written..).unwrap_or_default();
+        }
+    }
+}
