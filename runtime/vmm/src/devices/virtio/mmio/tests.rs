@@ -1,9 +1,11 @@
 use std::sync::Mutex;
 
 use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
 
+use super::super::rng::Rng;
 use super::super::status::{ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, FAILED, FEATURES_OK};
-use super::super::testing::{MEMORY_LEN, is_signalled, memory};
+use super::super::testing::{Buffer, Driver, MEMORY_LEN, is_signalled, memory, wait_until};
 use super::super::{INTERRUPT_CONFIG, INTERRUPT_USED_RING, RING_FEATURES};
 use super::*;
 
@@ -415,6 +417,82 @@ fn registers_take_only_aligned_32_bit_accesses() {
     guest.transport.write(register::STATUS + 1, &1u32.to_le_bytes());
     assert_eq!(guest.status(), 0);
     assert_eq!(guest.read(register::MAGIC_VALUE + 1), 0);
+}
+
+/// Sets up the one queue of a device for `driver` and goes live.
+fn go_live(transport: &mut MmioTransport, driver: &Driver) {
+    let (size, features) = (u32::from(driver.size), F_VERSION_1 | RING_FEATURES);
+    let accesses = [
+        (register::STATUS, ACKNOWLEDGE),
+        (register::STATUS, ACKNOWLEDGE | DRIVER),
+        (register::DRIVER_FEATURES_SEL, 0),
+        (register::DRIVER_FEATURES, features as u32),
+        (register::DRIVER_FEATURES_SEL, 1),
+        (register::DRIVER_FEATURES, (features >> 32) as u32),
+        (register::STATUS, NEGOTIATED),
+        (register::QUEUE_SEL, 0),
+        (register::QUEUE_SIZE, size),
+        (register::QUEUE_DESC_LOW, driver.desc as u32),
+        (register::QUEUE_DRIVER_LOW, driver.avail as u32),
+        (register::QUEUE_DEVICE_LOW, driver.used as u32),
+        (register::QUEUE_READY, 1),
+        (register::STATUS, LIVE),
+    ];
+    for (offset, value) in accesses {
+        transport.write(offset, &value.to_le_bytes());
+    }
+}
+
+#[test]
+fn a_real_device_answers_and_interrupts_and_does_so_again_after_a_reset() {
+    let memory = memory();
+    let failure = HostFailure::new().unwrap();
+    let mut transport =
+        MmioTransport::new(memory.clone(), Box::new(Rng::new()), failure.clone()).unwrap();
+    for round in 1..4 {
+        let mut driver = Driver::new(&memory, round, 64);
+        go_live(&mut transport, &driver);
+        let at = driver.alloc(32);
+        let head = driver.add_indirect(&[Buffer::In(at, 32)]);
+        transport.write(register::QUEUE_NOTIFY, &0_u32.to_le_bytes());
+        assert_eq!(driver.wait_used(), (head, 32));
+        wait_until(|| is_signalled(transport.interrupt_line()));
+        let mut pending = [0; 4];
+        transport.read(register::INTERRUPT_STATUS, &mut pending);
+        assert_eq!(u32::from_le_bytes(pending), INTERRUPT_USED_RING);
+        transport.interrupt_line().read().unwrap();
+        transport.write(register::STATUS, &[0; 4]);
+    }
+    let counts = transport.counters().snapshot();
+    assert_eq!((counts.kicks, counts.interrupts, counts.bytes_to_guest), (3, 3, 96));
+    assert_eq!(failure.message(), None);
+}
+
+#[test]
+fn resets_in_the_middle_of_work_lose_nothing_of_the_host() {
+    let memory = memory();
+    let failure = HostFailure::new().unwrap();
+    let mut transport =
+        MmioTransport::new(memory.clone(), Box::new(Rng::new()), failure.clone()).unwrap();
+    for round in 0..100_u16 {
+        // The rings are used again, as a new driver leaves them.
+        memory.write_slice(&[0; 0x1_0000], GuestAddress(0x1_0000)).unwrap();
+        let mut driver = Driver::new(&memory, 0, 64);
+        go_live(&mut transport, &driver);
+        let at = driver.alloc(4096);
+        for _ in 0..64 {
+            driver.add(&[Buffer::In(at, 4096)]);
+        }
+        transport.write(register::QUEUE_NOTIFY, &0_u32.to_le_bytes());
+        // From 'at once' to 'after a while'.
+        std::thread::sleep(std::time::Duration::from_micros(u64::from(round) * 4));
+        transport.write(register::STATUS, &[0; 4]);
+        let used = driver.used_idx();
+        assert!(used <= 64);
+        std::thread::yield_now();
+        assert_eq!(driver.used_idx(), used, "nobody touches the rings after a reset");
+    }
+    assert_eq!(failure.message(), None);
 }
 
 #[derive(Debug, Clone)]
