@@ -7,12 +7,12 @@
 //! the kernel's command line, and with that the boot structures can be written.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use husk_vmm_api::{ChannelError, DiskConfig, Phase, Received, Request, VmConfig};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{self, ConfigError};
@@ -34,9 +34,10 @@ use crate::devices::signal::SignalPort;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::console::Console;
-use crate::devices::virtio::mmio::MmioTransport;
+use crate::devices::virtio::mmio::{MmioTransport, WINDOW_LEN};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostSink, Vsock, VsockHandle};
+use crate::devices::virtio::worker::HostFailure;
 use crate::memory::{self, MemoryError};
 
 /// The API version that every KVM has had since Linux 2.6.22.
@@ -159,6 +160,8 @@ pub struct Machine {
     pub console: Arc<ConsoleLog>,
     /// To connect to the guest's vsock ports, if the VM has a vsock device.
     pub vsock: Option<VsockHandle>,
+    /// Where devices report that the host let them down.
+    pub failure: HostFailure,
     // Both must live as long as the vCPUs; the process's end is their end.
     _vm: VmFd,
     _memory: GuestMemory,
@@ -221,7 +224,9 @@ pub fn build(
         None => None,
     };
     let console = Arc::new(ConsoleLog::new(console_file, VmConfig::CONSOLE_LOG_CAP));
-    let mut devices = Devices::new(&vm, &memory, config);
+    let failure = HostFailure::new()
+        .map_err(|source| BuildError::Device { device: "eventfd".to_owned(), source })?;
+    let mut devices = Devices::new(&vm, &memory, &failure, config);
     devices.add(Box::new(Console::new(console.clone())))?;
     let vsock = match &config.vsock {
         Some(vsock) => {
@@ -247,7 +252,8 @@ pub fn build(
     let vcpus = create_vcpus(&kvm, &vm, config.vcpus, kernel)?;
 
     let shared = vcpu::Shared { ports: Arc::new(ports), mmio: Arc::new(mmio), exits, reporter };
-    Ok(Machine { vcpus, shared, devices: counters, console, vsock, _vm: vm, _memory: memory })
+    let devices = counters;
+    Ok(Machine { vcpus, shared, devices, console, vsock, failure, _vm: vm, _memory: memory })
 }
 
 fn take(
@@ -330,6 +336,7 @@ fn open_disk(disk: &DiskConfig, boot: &mut Received<Request>) -> Result<Blk, Bui
 struct Devices<'a> {
     vm: &'a VmFd,
     memory: &'a GuestMemory,
+    failure: &'a HostFailure,
     mmio: Bus,
     ports: Bus,
     counters: Vec<NamedCounters>,
@@ -338,21 +345,26 @@ struct Devices<'a> {
 }
 
 impl<'a> Devices<'a> {
-    fn new(vm: &'a VmFd, memory: &'a GuestMemory, config: &VmConfig) -> Self {
+    fn new(
+        vm: &'a VmFd,
+        memory: &'a GuestMemory,
+        failure: &'a HostFailure,
+        config: &VmConfig,
+    ) -> Self {
         let console = if config.serial_console { CMDLINE_SERIAL } else { CMDLINE_CONSOLE };
         let mut cmdline = format!("{CMDLINE} {console}");
         if !config.cmdline.is_empty() {
             cmdline = format!("{cmdline} {}", config.cmdline);
         }
-        let (mmio, ports) = (Bus::default(), Bus::default());
-        Devices { vm, memory, mmio, ports, counters: Vec::new(), cmdline, count: 0 }
+        let (mmio, ports, counters) = (Bus::default(), Bus::default(), Vec::new());
+        Devices { vm, memory, failure, mmio, ports, counters, cmdline, count: 0 }
     }
 
     /// Adds a virtio device: a window, an interrupt line, an ioeventfd per queue.
     fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
         let name = device.name().to_owned();
-        let failed = |source| BuildError::Device { device: name.clone(), source };
-        let transport = MmioTransport::new(self.memory.clone(), device).map_err(failed)?;
+        let transport = MmioTransport::new(self.memory.clone(), device, self.failure.clone())
+            .map_err(|source| BuildError::Device { device: name.clone(), source })?;
         let (window, irq) = (layout::mmio_of(self.count), layout::irq_of(self.count));
         self.vm
             .register_irqfd(transport.interrupt_line(), irq)
@@ -363,10 +375,9 @@ impl<'a> Devices<'a> {
                 .register_ioevent(kick, &notify, queue)
                 .map_err(kvm_error("register a queue notification"))?;
         }
-        self.counters.push((name, transport.counters()));
-        let size = layout::VIRTIO_MMIO_SIZE;
-        self.mmio.insert(window, size, Arc::new(Mutex::new(transport)))?;
-        self.cmdline.push_str(&format!(" virtio_mmio.device={size}@{window:#x}:{irq}"));
+        self.counters.push((name, transport.counters().clone()));
+        self.mmio.insert(window, WINDOW_LEN, Arc::new(Mutex::new(transport)))?;
+        self.cmdline.push_str(&format!(" virtio_mmio.device={WINDOW_LEN}@{window:#x}:{irq}"));
         self.count = self.count.saturating_add(1);
         Ok(())
     }

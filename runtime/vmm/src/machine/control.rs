@@ -6,9 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use husk_vmm_api::{
-    Channel, ChannelError, Counters, Event, Exit, FdIndex, Phase, Request,
-};
+use husk_vmm_api::{Channel, ChannelError, Counters, Event, Exit, FdIndex, Phase, Request};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
@@ -104,7 +102,12 @@ fn run_to_end(
     drop(boot);
     machine.run()?;
     loop {
-        let (requested, reported) = wait(channel.as_fd(), reports.as_fd())?;
+        let [requested, reported, failed] =
+            wait([channel.as_fd(), reports.as_fd(), machine.failure.as_fd()])?;
+        if failed {
+            let message = machine.failure.message().unwrap_or_default();
+            return Ok(outcome(Ending::Failure(message), &machine.console));
+        }
         if reported {
             if let Some(ending) = forward(channel, phases, &reports) {
                 return Ok(outcome(ending, &machine.console));
@@ -116,16 +119,14 @@ fn run_to_end(
     }
 }
 
-/// Waits until one of both has something: (requests, reports).
-fn wait(requests: BorrowedFd<'_>, reports: BorrowedFd<'_>) -> Result<(bool, bool), RunError> {
-    let mut fds =
-        [PollFd::from_borrowed_fd(requests, PollFlags::IN), PollFd::from_borrowed_fd(reports, PollFlags::IN)];
+/// Waits until something can be read; says from which.
+fn wait<const N: usize>(sources: [BorrowedFd<'_>; N]) -> Result<[bool; N], RunError> {
+    let mut fds = sources.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
     match poll(&mut fds, None) {
         Ok(_) | Err(Errno::INTR) => {}
         Err(errno) => return Err(RunError::Poll(errno.into())),
     }
-    let [requests, reports] = &fds;
-    Ok((!requests.revents().is_empty(), !reports.revents().is_empty()))
+    Ok(fds.map(|fd| !fd.revents().is_empty()))
 }
 
 /// Passes the VM's reports on; returns its end, if it has come.
@@ -172,7 +173,9 @@ fn handle_request(
         Request::VsockConnect { id, port, fd } => {
             let (id, port, fd) = (*id, *port, *fd);
             let refused = match (received.take_fd(fd), &machine.vsock) {
-                (Ok(stream), Some(vsock)) => vsock.connect(id, port, stream).err(),
+                (Ok(stream), Some(vsock)) => {
+                    vsock.connect(id, port, stream).err().map(|e| e.to_string())
+                }
                 (Ok(_), None) => Some("the VM has no vsock device".to_owned()),
                 (Err(error), _) => Some(error.to_string()),
             };
@@ -214,4 +217,3 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
-

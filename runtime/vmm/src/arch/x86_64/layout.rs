@@ -63,9 +63,8 @@ pub const ABOVE_HOLE: GuestAddress = GuestAddress(0x1_0000_0000);
 
 /// First virtio-mmio window.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
-/// Size of a window: the registers (0x100) and the configuration space, a page each, so that KVM
-/// can trap them apart.
-pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// From one window to the next.
+pub const VIRTIO_MMIO_STRIDE: u64 = 0x1000;
 
 /// Address of the IO-APIC that KVM emulates.
 pub const IO_APIC: u32 = 0xfec0_0000;
@@ -104,7 +103,7 @@ pub fn irq_of(device: u32) -> u32 {
 /// The MMIO window of the device with this number.
 #[must_use]
 pub fn mmio_of(device: u32) -> u64 {
-    VIRTIO_MMIO.saturating_add(u64::from(device).saturating_mul(VIRTIO_MMIO_SIZE))
+    VIRTIO_MMIO.saturating_add(u64::from(device).saturating_mul(VIRTIO_MMIO_STRIDE))
 }
 
 #[cfg(test)]
@@ -114,7 +113,7 @@ mod tests {
     #[test]
     fn windows_of_all_devices_lie_in_the_hole() {
         let most = husk_vmm_api::MAX_DISKS as u32 + 8;
-        assert!(mmio_of(most) + VIRTIO_MMIO_SIZE <= u64::from(IO_APIC));
+        assert!(mmio_of(most) + VIRTIO_MMIO_STRIDE <= u64::from(IO_APIC));
         assert!(mmio_of(0) >= HOLE_START.0);
     }
 
