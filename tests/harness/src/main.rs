@@ -22,7 +22,8 @@ use host::image::{Image, ensure_built};
 use host::instance::{self, BootOptions, Lease, StateDir};
 use host::progress::say;
 use host::push::{GUEST_ROOT, Plan, push_and_say};
-use host::{qemu, supervisor};
+use host::suite::SuiteOptions;
+use host::{qemu, suite, supervisor};
 
 /// Builds, boots and drives the virtual machine in which husk is tested.
 #[derive(Debug, Parser)]
@@ -80,6 +81,18 @@ enum Action {
         /// The command and its arguments.
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         argv: Vec<String>,
+    },
+    /// Run test binaries in the test host (or with --native here); fails if any fails.
+    Test {
+        #[command(flatten)]
+        boot: BootOptions,
+        #[command(flatten)]
+        suite: SuiteOptions,
+    },
+    /// Copy the test host's logs and core dumps to a directory here.
+    Logs {
+        #[arg(default_value = "target/testhost-logs")]
+        directory: PathBuf,
     },
     /// Open an interactive shell in the test host.
     Shell {
@@ -199,6 +212,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Action::Run { boot, run, argv } => {
             return run_command(&Place::find(&cli.name)?, &boot, run, argv);
         }
+        Action::Test { boot, suite } => return test(&Place::find(&cli.name)?, &boot, &suite),
+        Action::Logs { directory } => {
+            let place = Place::find(&cli.name)?;
+            let lease = instance::existing(place.state)?.context("the test host does not run")?;
+            suite::collect(&lease, &directory)?;
+        }
         Action::Shell { boot } => return shell(&Place::find(&cli.name)?, &boot),
     }
     Ok(ExitCode::SUCCESS)
@@ -241,8 +260,7 @@ fn status(place: &Place) -> Result<ExitCode> {
 }
 
 fn plan_push(sources: &[PathBuf], to: &str) -> Result<Plan> {
-    let directory =
-        if to.starts_with('/') { to.to_owned() } else { format!("{GUEST_ROOT}/{to}") };
+    let directory = if to.starts_with('/') { to.to_owned() } else { format!("{GUEST_ROOT}/{to}") };
     let mut plan = Plan::default();
     for source in sources {
         plan.add(source, &format!("{directory}/{}", file_name(source)?))?;
@@ -277,6 +295,31 @@ fn run_command(
     let timeout = options.timeout.map(std::time::Duration::from_secs);
     let outcome = client::run(&lease.instance, command, input, timeout)?;
     exit_code(outcome)
+}
+
+/// In the test host that runs, if one does: an inner loop. Else in one for this run alone, so that
+/// nothing stays behind.
+fn test(place: &Place, boot: &BootOptions, options: &SuiteOptions) -> Result<ExitCode> {
+    let report = if options.native {
+        suite::run_native(options)?
+    } else {
+        let running = if options.once { None } else { instance::existing(place.state.clone())? };
+        let lease = match running {
+            Some(lease) => lease,
+            None => instance::one_shot(&place.state, boot, &place.image()?)?,
+        };
+        suite::run_in(&lease, options)?
+    };
+    let (count, failed) = (options.binaries.len(), report.failed.len());
+    if failed == 0 {
+        say(format_args!("all {count} test binaries passed"));
+        return Ok(ExitCode::SUCCESS);
+    }
+    for failure in &report.failed {
+        say(format_args!("failed: {failure}"));
+    }
+    say(format_args!("{failed} of {count} test binaries failed"));
+    Ok(ExitCode::FAILURE)
 }
 
 fn exit_code(outcome: wire::Outcome) -> Result<ExitCode> {

@@ -58,7 +58,10 @@ mod tests {
         let from = |pairs: &[(&str, &str)]| {
             let pairs: Vec<_> = pairs.iter().map(|(k, v)| (k.to_string(), v.into())).collect();
             cache_root_from(move |name| {
-                pairs.iter().find(|(key, _)| key == name).map(|(_, value): &(_, PathBuf)| value.clone())
+                pairs
+                    .iter()
+                    .find(|(key, _)| key == name)
+                    .map(|(_, value): &(_, PathBuf)| value.clone())
             })
         };
         assert_eq!(from(&[("HOME", "/h")]).unwrap(), Path::new("/h/.cache/husk"));
@@ -66,7 +69,10 @@ mod tests {
         assert_eq!(from(&xdg).unwrap(), Path::new("/x/husk"));
         let own = [("HOME", "/h"), ("XDG_CACHE_HOME", "/x"), ("HUSK_CACHE", "/c")];
         assert_eq!(from(&own).unwrap(), Path::new("/c"));
-        assert_eq!(from(&[("HOME", "/h"), ("HUSK_CACHE", "")]).unwrap(), Path::new("/h/.cache/husk"));
+        assert_eq!(
+            from(&[("HOME", "/h"), ("HUSK_CACHE", "")]).unwrap(),
+            Path::new("/h/.cache/husk")
+        );
         assert!(from(&[("HUSK_CACHE", "relative")]).is_err());
         assert!(from(&[]).is_err());
     }

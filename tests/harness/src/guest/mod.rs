@@ -4,9 +4,11 @@ mod exec;
 mod receive;
 
 use std::fs::File;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::io::{ErrorKind, Read};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -16,7 +18,10 @@ use crate::wire::{
 };
 
 /// The transfer disk as the test host sees it.
-const TRANSFER_DISK: &str = "/dev/nvme0n2";
+const TRANSFER_DISK: &str = "/dev/vda";
+
+/// A client that has its answer closes within this time, or is stuck.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves until the test host ends.
 ///
@@ -55,6 +60,28 @@ fn session(mut stream: TcpStream, token: &str) {
         message.truncate(MAX_PAYLOAD);
         if let Err(unsent) = send(&mut stream, Kind::Error, &message) {
             eprintln!("husk-testhost: {error:#}; and could not say so: {unsent}");
+            return;
+        }
+    }
+    if let Err(error) = close(&mut stream) {
+        eprintln!("husk-testhost: closing a connection: {error}");
+    }
+}
+
+/// Closes only after the client did: with input unread here, a plain close would reset the
+/// connection, and the client would lose the last frames.
+fn close(stream: &mut TcpStream) -> std::io::Result<()> {
+    stream.shutdown(Shutdown::Write)?;
+    stream.set_read_timeout(Some(CLOSE_TIMEOUT))?;
+    let mut ignored = [0; 4096];
+    loop {
+        match stream.read(&mut ignored) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            // It was killed.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
+            Err(error) => return Err(error),
         }
     }
 }

@@ -41,7 +41,7 @@ const FILES: [(&str, u32, &str); 8] = [
 ];
 
 /// Units that cost boot time or disturb measurements and that no test needs.
-const MASKED: [&str; 23] = [
+const MASKED: [&str; 25] = [
     "apt-daily-upgrade.timer",
     "apt-daily.timer",
     "cni-dhcp.service",
@@ -50,6 +50,7 @@ const MASKED: [&str; 23] = [
     "dpkg-db-backup.timer",
     "e2scrub_all.timer",
     "e2scrub_reap.service",
+    "fio.service",
     "fstrim.timer",
     "getty.target",
     "getty@tty1.service",
@@ -61,6 +62,7 @@ const MASKED: [&str; 23] = [
     "systemd-hwdb-update.service",
     "systemd-journal-catalog-update.service",
     "systemd-logind.service",
+    "systemd-networkd.service",
     "systemd-networkd.socket",
     "systemd-pstore.service",
     // On disk instead: a test writes more there than memory holds.
@@ -91,12 +93,6 @@ impl Image {
 
     pub(crate) fn disk(&self) -> PathBuf {
         self.dir.join("root.ext4")
-    }
-
-    /// Debian's version of the kernel, as `uname -r` shows it.
-    pub(crate) fn kernel_release(&self) -> Result<String> {
-        let path = self.dir.join("kernel-release");
-        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     }
 }
 
@@ -280,7 +276,6 @@ fn make_disk(work: &Path) -> Result<()> {
     };
     fs::copy(boot.join(format!("vmlinuz-{release}")), work.join("vmlinuz"))
         .context("copying the kernel")?;
-    fs::write(work.join("kernel-release"), release).context("writing kernel-release")?;
 
     let step = Step::new("writing the disk image");
     // No journal: the image is only ever written through an overlay that is thrown away.
@@ -297,7 +292,7 @@ fn make_disk(work: &Path) -> Result<()> {
 
 /// Makes the finished directory visible under its final name, only after all of it is on disk.
 fn publish(work: &Path, image: &Image) -> Result<()> {
-    for name in ["root.ext4", "vmlinuz", "kernel-release"] {
+    for name in ["root.ext4", "vmlinuz"] {
         let path = work.join(name);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o444))
             .and_then(|()| File::open(&path)?.sync_all())
@@ -317,15 +312,15 @@ fn publish(work: &Path, image: &Image) -> Result<()> {
         fs::rename(&image.dir, &old).context("moving the old image away")?;
         remove_tree(&old)?;
     }
-    fs::rename(work, &image.dir)
-        .with_context(|| format!("publishing {}", image.dir.display()))?;
+    fs::rename(work, &image.dir).with_context(|| format!("publishing {}", image.dir.display()))?;
     image.dir.parent().map_or(Ok(()), sync_dir)
 }
 
 /// Runs a command whose output matters only if it fails.
 fn run(command: &mut Command) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("running {name}"))?;
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("running {name}"))?;
     if !output.status.success() {
         bail!(
             "{name}: {}\n{}{}",

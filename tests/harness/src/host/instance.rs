@@ -28,6 +28,8 @@ const BOOT_HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 /// Shown of a log when booting fails.
 const LOG_TAIL_LINES: usize = 25;
 
+const UNRESPONSIVE: &str = "the test host runs but does not answer; `husk-testhost down` ends it";
+
 /// The files of one test host.
 #[derive(Debug, Clone)]
 pub(crate) struct StateDir(PathBuf);
@@ -184,6 +186,14 @@ pub(crate) fn find(state: &StateDir) -> Result<Option<Instance>> {
     }
 }
 
+/// Use of the test host that is kept running, if it runs.
+pub(crate) fn existing(state: StateDir) -> Result<Option<Lease>> {
+    let Some(instance) = find(&state)? else { return Ok(None) };
+    let lease = Lease::new(state, instance, None)?;
+    lease.instance.hello(HELLO_TIMEOUT).context(UNRESPONSIVE)?;
+    Ok(Some(lease))
+}
+
 /// The test host that is kept running, started first if need be.
 pub(crate) fn up(
     state: StateDir,
@@ -191,11 +201,7 @@ pub(crate) fn up(
     image: impl FnOnce() -> Result<Image>,
 ) -> Result<Lease> {
     let starting = Lock::exclusive(&state.start_lock(), "starts this test host")?;
-    if let Some(instance) = find(&state)? {
-        let lease = Lease::new(state, instance, None)?;
-        lease.instance.hello(HELLO_TIMEOUT).context(
-            "the test host runs but does not answer; `husk-testhost down` ends it",
-        )?;
+    if let Some(lease) = existing(state.clone())? {
         return Ok(lease);
     }
     // Under the lock, so that it cannot be idle between its start and this use.
@@ -271,7 +277,7 @@ fn boot(
     command.arg("--memory-mib").arg(options.memory_mib.to_string());
     command.arg("--idle-minutes").arg(options.idle_minutes.to_string());
     if die_with_parent {
-        command.arg("--die-with-parent");
+        command.arg("--die-with").arg(std::process::id().to_string());
     }
     let mut supervisor = command
         .stdin(Stdio::null())

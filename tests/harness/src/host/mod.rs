@@ -7,5 +7,5 @@ pub(crate) mod instance;
 pub(crate) mod progress;
 pub(crate) mod push;
 pub(crate) mod qemu;
-pub(crate) mod supervisor;
 pub(crate) mod suite;
+pub(crate) mod supervisor;

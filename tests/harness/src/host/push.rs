@@ -32,8 +32,8 @@ impl Plan {
     /// Adds a file, or a directory and all in it, to appear as `destination`. Links inside a
     /// directory stay links; `source` itself may be one to what is meant.
     pub(crate) fn add(&mut self, source: &Path, destination: &str) -> Result<()> {
-        let metadata = fs::metadata(source)
-            .with_context(|| format!("reading {}", source.display()))?;
+        let metadata =
+            fs::metadata(source).with_context(|| format!("reading {}", source.display()))?;
         self.add_with(source, destination, &metadata)
     }
 
@@ -58,8 +58,8 @@ impl Plan {
         metadata: &fs::Metadata,
     ) -> Result<()> {
         if metadata.is_dir() {
-            let entries = fs::read_dir(source)
-                .with_context(|| format!("reading {}", source.display()))?;
+            let entries =
+                fs::read_dir(source).with_context(|| format!("reading {}", source.display()))?;
             for entry in entries {
                 let entry = entry.with_context(|| format!("reading {}", source.display()))?;
                 let name = entry.file_name();
@@ -72,8 +72,8 @@ impl Plan {
             return Ok(());
         }
         let content = if metadata.is_symlink() {
-            let target = fs::read_link(source)
-                .with_context(|| format!("reading {}", source.display()))?;
+            let target =
+                fs::read_link(source).with_context(|| format!("reading {}", source.display()))?;
             let target = target.to_str().context("a link's target is not UTF-8")?.to_owned();
             Content::Symlink { target }
         } else if metadata.is_file() {
@@ -187,7 +187,9 @@ mod tests {
         let mut found: Vec<_> = plan
             .files
             .iter()
-            .map(|(_, file)| (file.destination.as_str(), matches!(file.content, Content::Symlink { .. })))
+            .map(|(_, file)| {
+                (file.destination.as_str(), matches!(file.content, Content::Symlink { .. }))
+            })
             .collect();
         found.sort_unstable();
         assert_eq!(found, [("/opt/husk/bin/husk", false), ("/opt/husk/bin/link", true)]);

@@ -52,8 +52,9 @@ pub(crate) struct Machine {
     pub(crate) host_port: u16,
 }
 
-/// `panic=-1`: with `-no-reboot` a panic ends QEMU at once. NVMe, because its driver is built into
-/// Debian's cloud kernel, so that no initramfs is needed.
+/// `panic=-1`: with `-no-reboot` a panic ends QEMU at once. The root on NVMe, because its driver is
+/// built into Debian's cloud kernel, so that no initramfs is needed; only one disk there, because
+/// namespaces are numbered in the order in which they happen to be found.
 const KERNEL_COMMAND_LINE: &str = "root=/dev/nvme0n1 rw rootfstype=ext4 console=ttyS0 quiet panic=-1 \
      mitigations=off audit=0 net.ifnames=0 systemd.show_status=0 nvme.poll_queues=0";
 
@@ -73,12 +74,14 @@ impl Machine {
         add(&["-serial", &format!("file:{}", comma_escaped(&self.console_log)?)]);
         // The overlay is a file that QEMU has already unlinked: it cannot outlive QEMU.
         let root = comma_escaped(&self.root_disk)?;
-        add(&["-drive", &format!("if=none,id=root,file={root},format=raw,snapshot=on,cache=unsafe")]);
+        add(&[
+            "-drive",
+            &format!("if=none,id=root,file={root},format=raw,snapshot=on,cache=unsafe"),
+        ]);
         let transfer = comma_escaped(&self.transfer_disk)?;
         add(&["-drive", &format!("if=none,id=transfer,file={transfer},format=raw,cache=unsafe")]);
-        add(&["-device", "nvme,id=nvme,serial=husk"]);
-        add(&["-device", "nvme-ns,drive=root,bus=nvme,nsid=1"]);
-        add(&["-device", "nvme-ns,drive=transfer,bus=nvme,nsid=2"]);
+        add(&["-device", "nvme,drive=root,serial=husk"]);
+        add(&["-device", "virtio-blk-pci,drive=transfer"]);
         let forward = format!("hostfwd=tcp:127.0.0.1:{}-:{GUEST_PORT}", self.host_port);
         add(&["-netdev", &format!("user,id=net,{forward}")]);
         add(&["-device", "virtio-net-pci,netdev=net,romfile="]);

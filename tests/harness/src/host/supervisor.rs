@@ -47,9 +47,9 @@ pub(crate) struct Options {
     /// Ends after this many minutes without use.
     #[arg(long)]
     pub(crate) idle_minutes: u64,
-    /// Ends together with the process that started it.
+    /// Ends together with this process, which started it.
     #[arg(long)]
-    pub(crate) die_with_parent: bool,
+    pub(crate) die_with: Option<i32>,
 }
 
 /// Runs QEMU until it ends or has been idle for long.
@@ -57,11 +57,10 @@ pub(crate) struct Options {
 /// # Errors
 /// When QEMU cannot be started, or ends with a failure.
 pub(crate) fn supervise(options: &Options) -> Result<()> {
-    if options.die_with_parent {
+    if let Some(parent) = options.die_with {
         set_parent_process_death_signal(Some(Signal::KILL)).context("PR_SET_PDEATHSIG")?;
-        // If the parent died before the line above, we were adopted by init or a subreaper that
-        // did not start us with a terminal's session.
-        if getppid().is_none_or(|parent| parent == Pid::INIT) {
+        // It may have died before the line above.
+        if getppid() != Pid::from_raw(parent) {
             bail!("the process that started this one is gone");
         }
     }
