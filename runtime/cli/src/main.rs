@@ -1,2 +1,58 @@
-//! Placeholder while the workspace is laid out.
-fn main() {}
+//! `husk`: runs Kubernetes pods in microVMs, from the command line.
+//!
+//! What it is for: reading arguments and files, calling the engine, showing what comes of it. What
+//! it is not for: anything that another door (containerd's shim, the CRI) would need as well; that
+//! is the engine's.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::indexing_slicing)]
+
+mod args;
+mod check;
+mod image;
+mod images;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{Cli, Command, Global};
+
+/// Exit code for a failure of husk itself, as opposed to one of a container.
+const EXIT_HUSK_FAILED: u8 = 125;
+
+fn main() -> ExitCode {
+    let Cli { global, command } = Cli::parse();
+    start_logging(&global);
+    let done = match command {
+        Command::Run(args) => run::run(&global, args),
+        Command::Image(args) => image::run(&global, args),
+        Command::Check(args) => check::run(&global, &args),
+    };
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            // The chain of causes, once, here.
+            eprintln!("husk: {error:#}");
+            ExitCode::from(EXIT_HUSK_FAILED)
+        }
+    }
+}
+
+/// Diagnostics go to standard error: warnings, unless `-v`, `-q` or HUSK_LOG say otherwise.
+fn start_logging(global: &Global) {
+    let default = match (global.quiet, global.verbose) {
+        (true, _) => "error",
+        (false, 0) => "warn",
+        (false, 1) => "info",
+        (false, 2) => "debug",
+        (false, _) => "trace",
+    };
+    let filter = EnvFilter::try_from_env("HUSK_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+}

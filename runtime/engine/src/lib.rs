@@ -1,7 +1,7 @@
 //! The engine: what happens to a pod, whatever door it came through.
 //!
 //! What it is for: the types of pods and containers ([`types`]), their making from Pod manifests
-//! (`manifest`), the OCI configuration made from them (`oci`), and running them in microVMs.
+//! ([`manifest`]), the OCI configuration made from them ([`oci`]), and running them in microVMs.
 //! What it is not for: the command line, containerd's and the kubelet's protocols (the doors), or
 //! anything that happens inside the guest (the agent).
 // Exceptions are in `vm`: what a child does between fork and exec, and a descriptor for tokio.
@@ -9,7 +9,10 @@
 #![deny(clippy::unwrap_used, clippy::indexing_slicing)]
 
 pub mod guest;
+pub mod manifest;
+pub mod oci;
 pub mod paths;
+pub mod pod;
 pub mod sizing;
 pub mod storage;
 pub mod types;

@@ -13,7 +13,9 @@ pub mod ext4;
 mod sparse;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use husk_proto::agent as proto;
 use husk_vmm_api::{MAX_DISKS, MAX_SERIAL_LEN};
@@ -62,11 +64,11 @@ pub enum StorageError {
         /// The layer.
         diff_id: String,
     },
-    /// A layer's file cannot be opened.
-    #[error("cannot open the image layer {path}; if it was removed, pull or import the image again")]
+    /// A layer's descriptor cannot be duplicated.
+    #[error("cannot use the image layer {layer}")]
     Layer {
-        /// The file.
-        path: PathBuf,
+        /// The beginning of its digest.
+        layer: String,
         /// Why.
         #[source]
         source: std::io::Error,
@@ -127,19 +129,19 @@ impl StorageError {
 }
 
 /// A layer of an image: a read-only EROFS blob.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Layer {
     /// Digest of its content (`sha256:...`), which names it.
     pub diff_id: String,
-    /// The blob.
-    pub path: PathBuf,
+    /// The blob, open for reading.
+    pub file: Arc<File>,
 }
 
 /// What a disk is made from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 enum Source {
     /// This file, read-only.
-    Layer(PathBuf),
+    Layer(Arc<File>),
     /// An empty ext4 file system on a disk of this size, in bytes.
     Scratch(u64),
     /// An empty ext4 file system that holds this many bytes.
@@ -147,7 +149,7 @@ enum Source {
 }
 
 /// The disks of a pod, and how the guest is told of them.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Layout {
     disks: Vec<(String, Source)>,
     /// What the guest mounts.
@@ -210,7 +212,7 @@ impl Layout {
         known: &mut BTreeMap<String, String>,
     ) -> Result<proto::Rootfs, StorageError> {
         let mut lower: Vec<String> = Vec::new();
-        for Layer { diff_id, path } in layers {
+        for Layer { diff_id, file } in layers {
             let bad = || StorageError::BadDigest { diff_id: diff_id.clone() };
             let digits = diff_id.split_once(':').map(|(_, digits)| digits).ok_or_else(bad)?;
             let name = digits.get(..LAYER_DIGITS).ok_or_else(bad)?.to_owned();
@@ -222,7 +224,7 @@ impl Layout {
                 Some(_) => return Err(bad()),
                 None => {
                     known.insert(name.clone(), diff_id.clone());
-                    self.add_disk(name.clone(), Source::Layer(path.clone()));
+                    self.add_disk(name.clone(), Source::Layer(file.clone()));
                 }
             }
             // overlayfs refuses a directory twice. Of a layer that occurs twice the upper one
@@ -272,10 +274,9 @@ impl Layout {
     pub fn open(&self, config: &Config) -> Result<Vec<Disk>, StorageError> {
         let disks = self.disks.iter().map(|(serial, source)| {
             let (image, read_only) = match source {
-                Source::Layer(path) => {
-                    let open = std::fs::File::open(path);
-                    let failed = |source| StorageError::Layer { path: path.clone(), source };
-                    (open.map_err(failed)?, true)
+                Source::Layer(file) => {
+                    let layer = serial.clone();
+                    (file.try_clone().map_err(|source| StorageError::Layer { layer, source })?, true)
                 }
                 Source::Scratch(bytes) => (ext4::disk(config, *bytes)?, false),
                 Source::Volume(bytes) => (ext4::disk(config, ext4::size_to_hold(*bytes)?)?, false),

@@ -1,0 +1,237 @@
+//! The command line's grammar and its help.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use husk_engine::paths::{Config, names, shared_file};
+use husk_engine::storage::DEFAULT_SCRATCH_BYTES;
+
+/// Run Kubernetes pods in microVMs
+///
+/// Every pod gets a virtual machine of its own, with a kernel of its own, on this host's KVM.
+#[derive(Debug, Parser)]
+#[command(
+    name = "husk",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    after_long_help = "Examples:\n  \
+        husk check                       see whether this host can run pods\n  \
+        husk image import ./nginx-oci    take an image from a directory\n  \
+        husk run pod.yaml                run a pod in the foreground\n  \
+        kubectl create deploy x --image nginx --dry-run=client -o yaml | ... | husk run -"
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the pods of manifests in the foreground until they end
+    Run(RunArgs),
+    /// Pull, import, list and remove images
+    Image(ImageArgs),
+    /// Check what this host has and lacks to run pods
+    Check(CheckArgs),
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// Where images and disks are kept; on a disk-backed file system
+    #[arg(long, global = true, env = "HUSK_STATE_DIR", value_name = "DIR",
+        default_value = "/var/lib/husk", help_heading = "Places")]
+    pub(crate) state_dir: PathBuf,
+    /// Where running pods keep their small files
+    /// [default: /run/husk, or run/ in the state directory if that cannot be written]
+    #[arg(long, global = true, env = "HUSK_RUN_DIR", value_name = "DIR", help_heading = "Places")]
+    pub(crate) run_dir: Option<PathBuf>,
+    /// The guest kernel, an uncompressed vmlinux [default: ../share/husk/vmlinux beside husk]
+    #[arg(long, global = true, env = "HUSK_KERNEL", value_name = "FILE", help_heading = "Places")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// The initramfs that holds the agent [default: ../share/husk/initramfs.cpio beside husk]
+    #[arg(long, global = true, env = "HUSK_INITRAMFS", value_name = "FILE",
+        help_heading = "Places")]
+    pub(crate) initramfs: Option<PathBuf>,
+    /// The virtual machine monitor [default: husk-vmm beside husk]
+    #[arg(long, global = true, env = "HUSK_VMM", value_name = "FILE", help_heading = "Places")]
+    pub(crate) vmm: Option<PathBuf>,
+    /// Say more: -v what is done, -vv how, -vvv everything (HUSK_LOG selects by module)
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// Say only what failed
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+}
+
+impl Global {
+    /// Where things lie: as given, or else as husk is installed.
+    pub(crate) fn config(&self) -> anyhow::Result<Config> {
+        let executable = std::env::current_exe().context("cannot tell where husk itself lies")?;
+        let bin = executable.parent().context("husk lies nowhere")?;
+        let given = |path: &Option<PathBuf>, otherwise: PathBuf| path.clone().unwrap_or(otherwise);
+        Ok(Config {
+            state_dir: self.state_dir.clone(),
+            run_dir: self.run_dir.clone().unwrap_or_else(|| self.default_run_dir()),
+            kernel: given(&self.kernel, shared_file(bin, names::KERNEL)),
+            initramfs: given(&self.initramfs, shared_file(bin, names::INITRAMFS)),
+            vmm: given(&self.vmm, bin.join(names::VMM)),
+            scratch_bytes: DEFAULT_SCRATCH_BYTES,
+        })
+    }
+
+    fn default_run_dir(&self) -> PathBuf {
+        let system = PathBuf::from("/run/husk");
+        // Made by the first who may; whoever may not has a directory with the images.
+        match std::fs::create_dir_all(&system) {
+            Ok(()) if rustix::fs::access(&system, rustix::fs::Access::WRITE_OK).is_ok() => system,
+            _ => self.state_dir.join("run"),
+        }
+    }
+}
+
+/// How results are shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum Output {
+    /// For people
+    #[default]
+    Text,
+    /// For programs
+    Json,
+}
+
+/// Run the pods of manifests in the foreground until they end
+///
+/// Each FILE holds one or more Kubernetes v1 Pods in YAML or JSON; `-` is the standard input. All
+/// pods run at the same time, each in a virtual machine of its own, which is as large as the pod's
+/// limits say.
+///
+/// What containers write comes out as they write it, line by line, with the container's name in
+/// front: their standard output on standard output, their standard error on standard error. What
+/// husk itself has to say goes to standard error.
+///
+/// Ctrl-C stops the pods as Kubernetes would: every container gets its stop signal, and SIGKILL
+/// when terminationGracePeriodSeconds are over. A second Ctrl-C kills at once.
+#[derive(Debug, Args)]
+#[command(after_long_help = "Exit code:\n  \
+    0    every pod Succeeded\n  \
+    N    the only pod Failed: the exit code of its first container that failed (126 if a program\n       \
+         cannot be executed, 127 if it does not exist, 128+N if signal N ended it)\n  \
+    1    one of several pods Failed\n  \
+    2    wrong arguments\n  \
+    125  a pod could not be run: bad manifest, no image, no KVM, VM lost, ...\n\n\
+    Examples:\n  \
+    husk run pod.yaml\n  \
+    husk run a.yaml b.yaml\n  \
+    husk run --output json - < pod.yaml > result.json")]
+pub(crate) struct RunArgs {
+    /// Manifests; - is the standard input
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// With json, one object per pod at the end on standard output, and logs on standard error
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub(crate) output: Output,
+    /// Seconds a guest may take to become ready, plus one for each GiB of its memory
+    #[arg(long, env = "HUSK_START_TIMEOUT", value_name = "SECONDS", default_value_t = 600)]
+    pub(crate) start_timeout: u64,
+    /// Size of each pod's disk (containers' writable layers, emptyDirs) in GiB; it is sparse
+    #[arg(long, env = "HUSK_DISK_SIZE", value_name = "GIB", default_value_t = 10,
+        value_parser = clap::value_parser!(u64).range(1..=8192))]
+    pub(crate) disk_size: u64,
+    /// Do not print the closing table
+    #[arg(long)]
+    pub(crate) no_summary: bool,
+}
+
+impl RunArgs {
+    pub(crate) fn start_timeout(&self) -> Duration {
+        Duration::from_secs(self.start_timeout)
+    }
+}
+
+/// Pull, import, list and remove images
+///
+/// Layers are kept once, whatever images and pods use them, as read-only file systems in the state
+/// directory.
+#[derive(Debug, Args)]
+pub(crate) struct ImageArgs {
+    #[command(subcommand)]
+    pub(crate) command: ImageCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Pull an image from a registry
+    ///
+    /// Credentials are taken from --user, or else from Docker's configuration
+    /// (~/.docker/config.json and its helpers).
+    Pull {
+        /// E.g. nginx:1.27, or localhost:5000/team/app@sha256:...
+        #[arg(value_name = "IMAGE")]
+        reference: String,
+        /// Choose this platform of an image that has several [default: this host's]
+        #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
+        platform: Option<String>,
+        /// Speak http to the registry (always done for loopback addresses that do not speak https)
+        #[arg(long)]
+        plain_http: bool,
+        /// Credentials for the registry; without a password it is read from standard input
+        #[arg(long, value_name = "USER[:PASSWORD]")]
+        user: Option<String>,
+    },
+    /// Import an image from an OCI layout (directory) or a `docker save` archive
+    Import {
+        /// The directory or archive
+        #[arg(value_name = "PATH")]
+        path: PathBuf,
+        /// Its name from now on [default: the name that it brings]
+        #[arg(value_name = "NAME")]
+        name: Option<String>,
+        /// Choose this platform of an image that has several [default: this host's]
+        #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
+        platform: Option<String>,
+    },
+    /// List the images that are here
+    #[command(visible_alias = "list")]
+    Ls {
+        /// How to show them
+        #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+        output: Output,
+    },
+    /// Remove images, and the layers that no other image or running pod uses
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// Names of images
+        #[arg(required = true, value_name = "IMAGE")]
+        references: Vec<String>,
+    },
+}
+
+/// Check what this host has and lacks to run pods
+///
+/// KVM is proven by running a few instructions in a guest: some hosts let one create virtual
+/// machines but cannot run them.
+#[derive(Debug, Args)]
+#[command(after_long_help = "Exit code: 0 if nothing failed (warnings may remain), else 1.")]
+pub(crate) struct CheckArgs {
+    /// How to show the results
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub(crate) output: Output,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_grammar_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

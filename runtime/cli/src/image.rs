@@ -1,0 +1,187 @@
+//! `husk image`: what is in the store.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, bail};
+use comfy_table::{CellAlignment, Table, presets};
+use husk_image::{ImportOptions, Platform, Store};
+use serde::Serialize;
+
+use crate::args::{Global, ImageArgs, ImageCommand, Output};
+use crate::images::Bars;
+
+/// Does what a subcommand of `husk image` says.
+pub(crate) fn run(global: &Global, args: ImageArgs) -> anyhow::Result<ExitCode> {
+    let images = global.config()?.images_dir();
+    let store = Store::open(&images)
+        .with_context(|| format!("cannot use the image store in {}", images.display()))?;
+    match args.command {
+        ImageCommand::Pull { reference, platform, plain_http, user } => {
+            let _ = (reference, platform, plain_http, user);
+            bail!("pull")
+        }
+        ImageCommand::Import { path, name, platform } => {
+            import(&store, &path, name.as_deref(), platform.as_deref())?;
+        }
+        ImageCommand::Ls { output } => list(&store, output)?,
+        ImageCommand::Rm { references } => remove(&store, &references)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn pull(_store: &Store, reference: &str) -> anyhow::Result<()> {
+    bail!("cannot pull {reference}")
+}
+
+fn platform_of(text: Option<&str>) -> anyhow::Result<Platform> {
+    match text {
+        None => Ok(Platform::default()),
+        Some(text) => text.parse().with_context(|| format!("--platform {text:?}")),
+    }
+}
+
+fn import(
+    store: &Store,
+    path: &Path,
+    name: Option<&str>,
+    platform: Option<&str>,
+) -> anyhow::Result<()> {
+    let platform = platform_of(platform)?;
+    let bars = Bars::new();
+    let options = ImportOptions { name, platform: &platform, progress: bars.as_ref() };
+    let kind = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let imported = if kind.is_dir() {
+        store.import_oci_layout(path, &options)
+    } else {
+        store.import_docker_archive(path, &options)
+    };
+    let imported = imported.with_context(|| format!("cannot import {}", path.display()))?;
+    for image in imported {
+        for reference in image.references {
+            println!("{reference}  {}", image.manifest_digest);
+        }
+    }
+    Ok(())
+}
+
+/// An image as `--output json` shows it.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct JsonImage {
+    reference: String,
+    manifest_digest: String,
+    config_digest: String,
+    platform: String,
+    layers: usize,
+    size_bytes: u64,
+    /// Seconds since the epoch.
+    stored_at: u64,
+}
+
+fn list(store: &Store, output: Output) -> anyhow::Result<()> {
+    let images = store.list().context("cannot list the images")?;
+    if output == Output::Json {
+        let images: Vec<JsonImage> = images
+            .into_iter()
+            .map(|image| JsonImage {
+                reference: image.reference,
+                manifest_digest: image.manifest_digest.to_string(),
+                config_digest: image.config_digest.to_string(),
+                platform: image.platform,
+                layers: image.layers,
+                size_bytes: image.size,
+                stored_at: image
+                    .stored_at
+                    .duration_since(UNIX_EPOCH)
+                    .map_or(0, |since| since.as_secs()),
+            })
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&images)?);
+        return Ok(());
+    }
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(["IMAGE", "ID", "PLATFORM", "LAYERS", "SIZE", "STORED"]);
+    for image in images {
+        let id: String = image.config_digest.to_string().chars().skip("sha256:".len()).take(12).collect();
+        let age = SystemTime::now().duration_since(image.stored_at).unwrap_or_default();
+        table.add_row([
+            image.reference,
+            id,
+            image.platform,
+            image.layers.to_string(),
+            human_bytes(image.size),
+            format!("{} ago", human_age(age.as_secs())),
+        ]);
+    }
+    for column in [3, 4] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    println!("{table}");
+    Ok(())
+}
+
+fn remove(store: &Store, references: &[String]) -> anyhow::Result<()> {
+    for reference in references {
+        store.remove(reference).with_context(|| format!("cannot remove {reference}"))?;
+        println!("{reference} removed");
+    }
+    Ok(())
+}
+
+/// Bytes in the largest binary unit that leaves at least one.
+pub(crate) fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    // Tenths of the unit, exactly.
+    let mut scaled = u128::from(bytes) * 10 / 1024;
+    for unit in UNITS {
+        if scaled < 10_240 || unit == "TiB" {
+            return format!("{}.{} {unit}", scaled / 10, scaled % 10);
+        }
+        scaled /= 1024;
+    }
+    format!("{bytes} B")
+}
+
+fn human_age(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{} min", seconds / 60),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_shown_in_units_that_fit() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1536, "1.5 KiB"),
+            (5 << 20, "5.0 MiB"),
+            (3 << 30, "3.0 GiB"),
+            (2048 << 40, "2048.0 TiB"),
+        ] {
+            assert_eq!(human_bytes(bytes), text);
+        }
+    }
+
+    #[test]
+    fn ages_are_shown_in_units_that_fit() {
+        assert_eq!(human_age(5), "5 s");
+        assert_eq!(human_age(3600), "60 min");
+        assert_eq!(human_age(86_400), "24 h");
+        assert_eq!(human_age(864_000), "10 days");
+    }
+}

@@ -1,0 +1,211 @@
+//! `husk run`: pods in the foreground.
+
+mod logs;
+mod report;
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use husk_engine::manifest;
+use husk_engine::pod::{Images, LogChunk, Pod, PodHandle, PodOptions, PodReport, Stopper};
+use husk_engine::types::PodSpec;
+use husk_image::Store;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use self::logs::Printer;
+use crate::args::{Global, Output, RunArgs};
+use crate::images::StoreImages;
+
+/// Largest manifest that is read, in bytes.
+const MAX_MANIFEST: u64 = manifest::MAX_LEN as u64;
+
+/// How many pieces of output may wait for the terminal before containers are held up.
+const LOG_QUEUE: usize = 64;
+
+/// Runs the pods of the manifests.
+pub(crate) fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCode> {
+    let specs = read_all(&args.files)?;
+    let mut config = global.config()?;
+    config.scratch_bytes = args.disk_size << 30;
+    let images = config.images_dir();
+    let store = Store::open(&images).with_context(|| {
+        format!(
+            "cannot use the image store in {}; run as root, or choose a directory of your own with \
+             --state-dir",
+            images.display()
+        )
+    })?;
+    let images = Arc::new(StoreImages::new(store));
+    let options = PodOptions {
+        config,
+        start_timeout: args.start_timeout(),
+        measure: args.output == Output::Json,
+    };
+    // One thread serves everything: it only ever passes things on.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot make an event loop")?;
+    let reports = runtime.block_on(run_pods(specs, images, options, args.output))?;
+    show(&reports, &args, global)?;
+    let reports: Vec<PodReport> = reports.into_iter().map(|(_, report)| report).collect();
+    Ok(ExitCode::from(report::exit_code(&reports)))
+}
+
+fn show(
+    reports: &[(Arc<PodSpec>, PodReport)],
+    args: &RunArgs,
+    global: &Global,
+) -> anyhow::Result<()> {
+    let host_kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+    for (spec, report) in reports {
+        if args.output == Output::Json {
+            println!("{}", report::json(&spec.metadata, report, &host_kernel)?);
+        } else if !args.no_summary && !global.quiet {
+            eprint!("{}", report::text(&spec.metadata, report, &host_kernel));
+        } else if !report.status.reason.is_empty() {
+            // What failed is said in any case.
+            let (name, message) = (&spec.metadata.name, &report.status.message);
+            eprintln!("husk: pod {name}: {}: {message}", report.status.reason);
+        }
+    }
+    Ok(())
+}
+
+/// The pods of all manifests. No two may have the same name.
+fn read_all(files: &[PathBuf]) -> anyhow::Result<Vec<PodSpec>> {
+    let mut specs: Vec<PodSpec> = Vec::new();
+    for file in files {
+        let (text, name) = read(file)?;
+        for spec in manifest::parse(&text, &name)? {
+            let same = |other: &PodSpec| {
+                other.metadata.name == spec.metadata.name
+                    && other.metadata.namespace == spec.metadata.namespace
+            };
+            anyhow::ensure!(
+                !specs.iter().any(same),
+                "{name}: a pod named {}/{} is in these manifests already; give it another name",
+                spec.metadata.namespace,
+                spec.metadata.name
+            );
+            specs.push(spec);
+        }
+    }
+    Ok(specs)
+}
+
+fn read(file: &Path) -> anyhow::Result<(String, String)> {
+    let stdin = file == Path::new("-");
+    let name = if stdin { "standard input".to_owned() } else { file.display().to_string() };
+    let mut bytes = Vec::new();
+    let read = if stdin {
+        std::io::stdin().lock().take(MAX_MANIFEST + 1).read_to_end(&mut bytes)
+    } else {
+        std::fs::File::open(file).and_then(|file| file.take(MAX_MANIFEST + 1).read_to_end(&mut bytes))
+    };
+    read.with_context(|| format!("cannot read the manifest {name}"))?;
+    let text = String::from_utf8(bytes).with_context(|| format!("{name} is not UTF-8 text"))?;
+    Ok((text, name))
+}
+
+async fn run_pods(
+    specs: Vec<PodSpec>,
+    images: Arc<dyn Images>,
+    options: PodOptions,
+    output: Output,
+) -> anyhow::Result<Vec<(Arc<PodSpec>, PodReport)>> {
+    let with_pod = specs.len() > 1;
+    let containers: Vec<(String, String)> = specs
+        .iter()
+        .flat_map(|pod| pod.all_containers().map(|c| (pod.metadata.name.clone(), c.name.clone())))
+        .collect();
+    let printer = Printer::new(&containers, with_pod, output == Output::Json);
+    let (logs, writer) = start_writer(printer)?;
+
+    let mut pods = Vec::new();
+    for spec in specs {
+        let mut pod = Pod::start(spec, images.clone(), options.clone());
+        if let Some(from) = pod.take_logs() {
+            tokio::spawn(forward(pod.spec().metadata.name.clone(), from, logs.clone()));
+        }
+        pods.push(pod);
+    }
+    drop(logs);
+    let stoppers: Vec<Stopper> = pods.iter().map(PodHandle::stopper).collect();
+    let interrupts = tokio::spawn(watch_signals(stoppers)?);
+
+    let mut reports = Vec::new();
+    for pod in pods {
+        let spec = pod.shared_spec();
+        reports.push((spec, pod.wait().await));
+    }
+    interrupts.abort();
+    // The pods are gone, and so are all who write: this only writes the rest.
+    tokio::task::spawn_blocking(move || writer.join())
+        .await
+        .context("cannot wait for the output")?
+        .map_err(|_| anyhow::anyhow!("the output's thread panicked"))?;
+    Ok(reports)
+}
+
+/// A thread that writes what containers write: it may be held up by the terminal, and nothing else
+/// is then.
+fn start_writer(
+    mut printer: Printer,
+) -> anyhow::Result<(mpsc::Sender<(Arc<str>, LogChunk)>, std::thread::JoinHandle<()>)> {
+    let (logs, mut queue) = mpsc::channel::<(Arc<str>, LogChunk)>(LOG_QUEUE);
+    let thread = std::thread::Builder::new().name("output".into()).spawn(move || {
+        while let Some((pod, chunk)) = queue.blocking_recv() {
+            printer.print(&pod, &chunk);
+        }
+        printer.finish();
+    });
+    Ok((logs, thread.context("cannot start a thread")?))
+}
+
+async fn forward(
+    pod: String,
+    mut from: mpsc::Receiver<LogChunk>,
+    to: mpsc::Sender<(Arc<str>, LogChunk)>,
+) {
+    let pod: Arc<str> = pod.into();
+    while let Some(chunk) = from.recv().await {
+        if to.send((pod.clone(), chunk)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Ctrl-C, or a request to end: once stops the pods, twice kills them. Tells so.
+fn watch_signals(stoppers: Vec<Stopper>) -> anyhow::Result<impl Future<Output = ()>> {
+    let context = "cannot watch for signals";
+    let mut interrupt = signal(SignalKind::interrupt()).context(context)?;
+    let mut terminate = signal(SignalKind::terminate()).context(context)?;
+    let mut hangup = signal(SignalKind::hangup()).context(context)?;
+    Ok(async move {
+        let mut told = false;
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+                _ = hangup.recv() => {}
+            }
+            let grace = if told {
+                eprintln!("husk: killing the containers");
+                Some(Duration::ZERO)
+            } else {
+                eprintln!("husk: stopping the containers; once more kills them");
+                None
+            };
+            told = true;
+            for pod in &stoppers {
+                pod.stop(grace);
+            }
+        }
+    })
+}

@@ -1,0 +1,259 @@
+//! The start of a pod, up to a guest that is ready for containers: one linear recipe.
+//!
+//! Order matters for speed. The VMM's process is started first, so that it loads while images are
+//! resolved; the VM is booted as soon as its disks are known, because there is no hotplug; and
+//! nothing is polled: the agent connects when it is ready.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use husk_proto::agent as proto;
+use tokio::sync::mpsc;
+
+use super::actor::chain;
+use super::images::{self, ImageError, Images, ResolvedImage};
+use super::logs::LogChunk;
+use super::rundir::{RunDir, RunDirError};
+use super::runtime::GuestRuntime;
+use super::state::Failure;
+use super::timeline::Timeline;
+use super::undo::Undo;
+use super::{PodOptions, SharedFindings};
+use crate::guest::{Guest, GuestError};
+use crate::paths::Config;
+use crate::storage::{self, Layer, Layout, StorageError};
+use crate::types::{PodSpec, Rootfs};
+use crate::vm::assets::{self, AssetError};
+use crate::vm::kvm::{self, KvmError};
+use crate::vm::{Disk, Vm, VmError, VmSpec};
+
+/// Seconds more that a guest may take for each GiB of its memory.
+const START_TIMEOUT_PER_GIB: Duration = Duration::from_secs(1);
+
+/// Name of the guest kernel's log in the pod's directory.
+const CONSOLE_LOG: &str = "console.log";
+
+/// Why a pod did not come to the start of its containers.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// KVM cannot be used.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The guest's kernel or initramfs cannot be used.
+    #[error(transparent)]
+    Asset(#[from] AssetError),
+    /// An image is not there.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The disks cannot be made.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The pod's directory cannot be made.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The VMM cannot be started.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The guest did not become ready.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// A thread panicked or the program is ending.
+    #[error("an internal task was cut off")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+impl PrepareError {
+    /// What the pod's status says of it.
+    pub(super) fn failure(&self, spec: &PodSpec) -> Failure {
+        let (reason, containers) = match self {
+            PrepareError::Kvm(_) => ("KvmUnavailable", Vec::new()),
+            PrepareError::Asset(_) => ("GuestFilesUnusable", Vec::new()),
+            PrepareError::Image(error) => (error.reason, users(spec, &error.reference)),
+            PrepareError::Storage(_) => ("StorageError", Vec::new()),
+            PrepareError::RunDir(_) => ("RunDirError", Vec::new()),
+            PrepareError::Vm(_) | PrepareError::Guest(_) => ("VmStartError", Vec::new()),
+            PrepareError::Task(_) => ("InternalError", Vec::new()),
+        };
+        Failure { reason, message: chain(self), containers }
+    }
+}
+
+/// The positions of the containers that use an image.
+fn users(spec: &PodSpec, wanted: &str) -> Vec<usize> {
+    let uses = |rootfs: &Rootfs| {
+        let Rootfs::Image { reference, pull_policy: _ } = rootfs;
+        reference == wanted
+    };
+    let containers = spec.all_containers().enumerate();
+    containers.filter(|(_, container)| uses(&container.rootfs)).map(|(index, _)| index).collect()
+}
+
+/// What the start needs.
+pub(super) struct Inputs<'a> {
+    pub(super) spec: &'a Arc<PodSpec>,
+    pub(super) images: &'a dyn Images,
+    pub(super) options: &'a PodOptions,
+    pub(super) undo: &'a mut Undo,
+    pub(super) timeline: &'a Timeline,
+    pub(super) findings: &'a SharedFindings,
+    pub(super) logs: mpsc::Sender<LogChunk>,
+}
+
+/// A pod whose guest is ready for containers.
+pub(super) struct Prepared {
+    pub(super) runtime: GuestRuntime,
+}
+
+/// What is opened on the host before anything is started, so that what lacks is told at once.
+struct HostFiles {
+    kvm: OwnedFd,
+    kernel: OwnedFd,
+    initramfs: OwnedFd,
+    console: OwnedFd,
+    run_dir: RunDir,
+}
+
+fn open_host_files(config: &Config, uid: &str) -> Result<HostFiles, PrepareError> {
+    let kvm = kvm::open(Path::new(kvm::DEVICE))?;
+    let kernel = assets::open_kernel(&config.kernel)?.into();
+    let initramfs = assets::open_initramfs(&config.initramfs)?.into();
+    let run_dir = RunDir::create(&config.pods_dir(), uid)?;
+    let console = run_dir.create_file(CONSOLE_LOG)?.into();
+    Ok(HostFiles { kvm, kernel, initramfs, console, run_dir })
+}
+
+/// See the module.
+pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError> {
+    let Inputs { spec, images, options, undo, timeline, findings, logs } = inputs;
+    let config = &options.config;
+
+    let uid = spec.metadata.uid.clone().unwrap_or_else(new_uid);
+    let files = {
+        let (config, uid) = (config.clone(), uid.clone());
+        tokio::task::spawn_blocking(move || open_host_files(&config, &uid)).await??
+    };
+    let HostFiles { kvm, kernel, initramfs, console, run_dir } = files;
+    undo.push("pod directory", move || async move { drop(run_dir) });
+
+    // At the same time: the VMM's process, and the images.
+    let spawn = timeline.during("VMM spawned", Vm::spawn(&config.vmm));
+    let resolve = timeline.during("images", images::resolve_all(images, spec));
+    let (vm, images) = tokio::join!(spawn, resolve);
+    let vm = vm?;
+    undo.push("VM", {
+        let (vm, findings) = (vm.clone(), findings.clone());
+        move || async move {
+            findings.update(|findings| findings.phases = vm.phases());
+            vm.kill().await;
+        }
+    });
+    let images = images?;
+
+    let layers: BTreeMap<String, Vec<Layer>> =
+        images.iter().map(|(name, image)| (name.clone(), image.layers.clone())).collect();
+    let layout = storage::layout(spec, &layers, config.scratch_bytes)?;
+    let disks = timeline.during("disks", open_disks(config, layout.clone())).await?;
+
+    let agent = Guest::expect(&vm);
+    vm.boot(VmSpec {
+        vcpus: spec.vm.vcpus,
+        memory_mib: spec.vm.memory_mib,
+        kvm,
+        kernel,
+        initramfs,
+        console,
+        disks,
+    });
+    let limit = start_limit(options.start_timeout, spec.vm.memory_mib);
+    let guest = timeline.during("boot", Guest::connect(vm, agent, limit)).await?;
+    let setup = timeline.during("pod set up", guest.setup_pod(setup_request(spec, &layout)));
+    let info = match tokio::time::timeout(limit, setup).await {
+        Ok(info) => info?,
+        Err(_) => return Err(GuestError::NotReady { limit }.into()),
+    };
+    findings.update(|findings| findings.guest = Some(info));
+
+    let images: BTreeMap<String, ResolvedImage> = images;
+    let runtime = GuestRuntime::new(super::runtime::Parts {
+        guest,
+        spec: spec.clone(),
+        uid,
+        node_name: node_name(),
+        images,
+        layout,
+        logs,
+        timeline: timeline.clone(),
+        findings: findings.clone(),
+        measure: options.measure,
+    });
+    Ok(Prepared { runtime })
+}
+
+async fn open_disks(config: &Config, layout: Layout) -> Result<Vec<Disk>, PrepareError> {
+    let config = config.clone();
+    Ok(tokio::task::spawn_blocking(move || layout.open(&config)).await??)
+}
+
+/// Memory takes time to be set up: the larger the guest, the longer it may take.
+fn start_limit(base: Duration, memory_mib: u32) -> Duration {
+    base.saturating_add(START_TIMEOUT_PER_GIB.saturating_mul(memory_mib / 1024))
+}
+
+fn setup_request(spec: &PodSpec, layout: &Layout) -> proto::SetupPodRequest {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    proto::SetupPodRequest {
+        hostname: spec.hostname.clone(),
+        filesystems: layout.filesystems.clone(),
+        volumes: layout.volumes.clone(),
+        sysctls: spec.sysctls.clone().into_iter().collect(),
+        realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+        shm_size: 0,
+    }
+}
+
+/// Name of this host.
+fn node_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// A random UUID (RFC 9562, version 4).
+fn new_uid() -> String {
+    let mut bytes = [0; 16];
+    let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    if let Err(errno) = filled {
+        // The kernel's generator cannot fail once it is initialised; the time will do for a name.
+        tracing::warn!(%errno, "no random numbers");
+        let now = super::timeline::monotonic_ns();
+        bytes = (u128::from(now) << 64 | u128::from(std::process::id())).to_be_bytes();
+    }
+    let number = u128::from_be_bytes(bytes);
+    let number = number & !(0xf << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
+    let hex = format!("{number:032x}");
+    let part = |from, to| hex.get(from..to).unwrap_or_default();
+    [part(0, 8), part(8, 12), part(12, 16), part(16, 20), part(20, 32)].join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uids_are_random_uuids() {
+        let (one, other) = (new_uid(), new_uid());
+        assert_ne!(one, other);
+        assert_eq!(one.len(), 36);
+        assert_eq!(one.get(14..15), Some("4"));
+        assert!(matches!(one.get(19..20), Some("8" | "9" | "a" | "b")));
+    }
+
+    #[test]
+    fn larger_guests_may_take_longer() {
+        let base = Duration::from_secs(60);
+        assert_eq!(start_limit(base, 128), base);
+        assert_eq!(start_limit(base, 16 * 1024), Duration::from_secs(76));
+        assert_eq!(start_limit(Duration::MAX, u32::MAX), Duration::MAX);
+    }
+}

@@ -1,0 +1,242 @@
+//! The real guest as the actor needs it: containers made from the pod's specification and images,
+//! their output, their end.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::AsyncRead;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::actor::{Runtime, StopBy, chain};
+use super::images::ResolvedImage;
+use super::logs::{self, LogChunk, Stream};
+use super::state::Index;
+use super::timeline::Timeline;
+use super::{Measured, SharedFindings};
+use crate::guest::{Guest, GuestError, ProcessExit, StartFailure, Streams, Wanted};
+use crate::oci::{self, StartContext};
+use crate::storage::Layout;
+use crate::types::{ContainerSpec, PodSpec};
+use crate::vm::{Accept, VmExit};
+
+/// How long the guest may take to answer that it shuts down, and to do it. Its containers have
+/// ended and its disks are thrown away, so that nothing is lost when the VM is ended instead.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the guest may take to tell what it counted.
+const MEASURE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Exit code of a container whose configuration cannot be made, as containerd's CRI reports it.
+const CONFIG_EXIT_CODE: u8 = 128;
+
+/// Cannot be caught.
+const SIGKILL: u32 = 9;
+
+/// What a runtime is made from.
+pub(super) struct Parts {
+    pub(super) guest: Guest,
+    pub(super) spec: Arc<PodSpec>,
+    pub(super) uid: String,
+    /// Name of the host.
+    pub(super) node_name: String,
+    pub(super) images: BTreeMap<String, ResolvedImage>,
+    pub(super) layout: Layout,
+    pub(super) logs: mpsc::Sender<LogChunk>,
+    pub(super) timeline: Timeline,
+    pub(super) findings: SharedFindings,
+    pub(super) measure: bool,
+}
+
+/// See the module. Clones are the same.
+#[derive(Clone)]
+pub(super) struct GuestRuntime(Arc<Parts>);
+
+/// A container that runs: its streams are being read.
+pub(super) struct Run {
+    id: String,
+    pumps: JoinSet<()>,
+    ended: watch::Sender<bool>,
+}
+
+impl GuestRuntime {
+    pub(super) fn new(parts: Parts) -> Self {
+        GuestRuntime(Arc::new(parts))
+    }
+
+    fn container(&self, index: Index) -> Result<&ContainerSpec, StartFailure> {
+        // The state machine counts the containers of the same specification.
+        self.0.spec.all_containers().nth(index).ok_or_else(|| refused("there is no such container"))
+    }
+
+    /// What the agent needs to make a container: its configuration and its root.
+    fn plan(
+        &self,
+        container: &ContainerSpec,
+    ) -> Result<(Vec<u8>, husk_proto::agent::Rootfs), StartFailure> {
+        let Parts { spec, uid, node_name, images, layout, .. } = &*self.0;
+        let image = images.get(&container.name).ok_or_else(|| refused("it has no image"))?;
+        let root = layout.root(&container.name).ok_or_else(|| refused("it has no root"))?;
+        let context = StartContext {
+            container_id: &container.name,
+            pod_uid: uid,
+            node_name,
+            host_ips: &[],
+            // What the pod reaches is its own loopback interface, which has no address to name.
+            pod_ips: &[],
+        };
+        let config = oci::container_spec(spec, container, &image.config, &context)
+            .map_err(|error| refused(&chain(&error)))?;
+        let config = serde_json::to_vec(&config).map_err(|error| refused(&chain(&error)))?;
+        Ok((config, root.clone()))
+    }
+
+    /// Begins to read a container's streams.
+    fn attach(&self, container: &str, streams: Streams) -> (JoinSet<()>, watch::Sender<bool>) {
+        let ended = watch::Sender::new(false);
+        let name: Arc<str> = container.into();
+        let mut pumps = JoinSet::new();
+        let Streams { stdin, stdout, stderr } = streams;
+        let outputs = [(Some(stdout), Stream::Stdout), (stderr, Stream::Stderr)];
+        for (accept, stream) in outputs.into_iter().filter_map(|(a, stream)| Some((a?, stream))) {
+            let (name, logs, ended) = (name.clone(), self.0.logs.clone(), ended.subscribe());
+            pumps.spawn(async move {
+                match connected(accept, ended.clone()).await {
+                    Some(from) => logs::pump(from, name, stream, logs, ended).await,
+                    None => tracing::debug!(container = %name, ?stream, "a stream never came"),
+                }
+            });
+        }
+        if let Some(stdin) = stdin {
+            // Nobody writes, as nobody is attached, but it stays open.
+            let mut ended = ended.subscribe();
+            pumps.spawn(async move {
+                let open = connected(stdin, ended.clone()).await;
+                ended.wait_for(|ended| *ended).await.map(drop).unwrap_or_default();
+                drop(open);
+            });
+        }
+        (pumps, ended)
+    }
+
+    async fn measure(&self) {
+        let guest = &self.0.guest;
+        let ask = async {
+            let vmm = guest.vm().counters().await.map_err(|error| chain(&error))?;
+            let stats = guest.stats().await.map_err(|error| chain(&error))?;
+            Ok::<_, String>(Measured { vmm, agent_rss: stats.agent_rss })
+        };
+        match tokio::time::timeout(MEASURE_LIMIT, ask).await {
+            Ok(Ok(measured)) => self.0.findings.update(|findings| findings.measured = Some(measured)),
+            Ok(Err(error)) => tracing::warn!(error, "the guest does not tell what it counted"),
+            Err(_) => tracing::warn!("the guest does not tell what it counted in time"),
+        }
+    }
+}
+
+/// The signal by which an image's containers want to be asked to end.
+fn stop_signal(image: Option<&ResolvedImage>) -> u32 {
+    image.map_or(oci::signal::DEFAULT, |image| oci::signal::stop_signal(&image.config))
+}
+
+fn refused(reason: &str) -> StartFailure {
+    StartFailure { exit_code: CONFIG_EXIT_CODE, message: reason.to_owned() }
+}
+
+/// The connection of a stream, unless the process ends without one.
+async fn connected(
+    accept: Accept,
+    mut ended: watch::Receiver<bool>,
+) -> Option<impl AsyncRead + Unpin + Send + use<>> {
+    tokio::select! {
+        biased;
+        stream = accept.connected() => stream.ok(),
+        () = async {
+            ended.wait_for(|ended| *ended).await.map(drop).unwrap_or_default();
+            tokio::time::sleep(logs::EOF_GRACE).await;
+        } => None,
+    }
+}
+
+impl Runtime for GuestRuntime {
+    type Run = Run;
+
+    async fn start(&self, index: Index) -> Result<Result<Run, StartFailure>, GuestError> {
+        let planned = self.container(index).and_then(|c| self.plan(c).map(|plan| (c, plan)));
+        let (container, (config, root)) = match planned {
+            Ok(planned) => planned,
+            Err(failure) => return Ok(Err(failure)),
+        };
+        let Parts { guest, timeline, .. } = &*self.0;
+        let id = &container.name;
+        let wanted = Wanted { stdin: container.stdin, tty: container.tty };
+        let (stdio, streams) = guest.expect_streams(wanted);
+        let create = guest.create_container(id, config, root, stdio);
+        let created = timeline.during(format!("container {id} created"), create).await?;
+        if let Err(failure) = created {
+            return Ok(Err(failure));
+        }
+        let (pumps, ended) = self.attach(id, streams);
+        let start = guest.start_container(id);
+        match timeline.during(format!("container {id} started"), start).await? {
+            Ok(()) => Ok(Ok(Run { id: id.clone(), pumps, ended })),
+            Err(failure) => Ok(Err(failure)),
+        }
+    }
+
+    async fn wait(&self, run: Run) -> Result<ProcessExit, GuestError> {
+        let Run { id, mut pumps, ended } = run;
+        let exit = self.0.guest.wait_process(&id, None).await;
+        // Also after an error: what the container wrote before it is worth reading.
+        ended.send_replace(true);
+        while let Some(pump) = pumps.join_next().await {
+            if let Err(error) = pump {
+                tracing::error!(container = id, %error, "a stream was cut off");
+            }
+        }
+        let exit = exit?;
+        match self.0.guest.delete_container(&id).await {
+            Ok(()) => {}
+            Err(error) if error.is_fatal() => return Err(error),
+            Err(error) => tracing::warn!(container = id, error = chain(&error), "not removed"),
+        }
+        Ok(exit)
+    }
+
+    async fn signal(&self, index: Index, by: StopBy) -> Result<(), GuestError> {
+        let Ok(container) = self.container(index) else { return Ok(()) };
+        let image = self.0.images.get(&container.name);
+        let (signal, all) = match by {
+            StopBy::Asking => (stop_signal(image), false),
+            StopBy::Killing => (SIGKILL, true),
+        };
+        self.0.guest.signal(&container.name, signal, all).await
+    }
+
+    async fn power_off(&self) {
+        if self.0.measure {
+            self.measure().await;
+        }
+        let guest = &self.0.guest;
+        let shut_down = async {
+            guest.shutdown().await?;
+            Ok::<_, GuestError>(guest.vm().exited().await)
+        };
+        match tokio::time::timeout(SHUTDOWN_LIMIT, shut_down).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(error = chain(&error), "the guest does not shut down: its VM is ended");
+                guest.vm().kill().await;
+            }
+            Err(_) => {
+                tracing::warn!("the guest does not shut down in time: its VM is ended");
+                guest.vm().kill().await;
+            }
+        }
+    }
+
+    async fn vm_ended(&self) -> Arc<VmExit> {
+        self.0.guest.vm().exited().await
+    }
+}

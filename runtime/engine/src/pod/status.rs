@@ -1,0 +1,141 @@
+//! What is told of a pod: its phase and the states of its containers, as Kubernetes defines them.
+
+use std::time::{Duration, SystemTime};
+
+use crate::types::ContainerKind;
+
+/// A pod's phase.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PodPhase {
+    /// It is being prepared, or its init containers have not all ended well.
+    Pending,
+    /// Its containers were started; at least one runs or will be started again.
+    Running,
+    /// All containers ended with success and none will be started again.
+    Succeeded,
+    /// None will be started again, and at least one did not end with success.
+    Failed,
+}
+
+impl PodPhase {
+    /// Whether the phase is final.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        matches!(self, PodPhase::Succeeded | PodPhase::Failed)
+    }
+
+    /// Its name in Kubernetes' API.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PodPhase::Pending => "Pending",
+            PodPhase::Running => "Running",
+            PodPhase::Succeeded => "Succeeded",
+            PodPhase::Failed => "Failed",
+        }
+    }
+}
+
+/// What is known of a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodStatus {
+    /// Its phase.
+    pub phase: PodPhase,
+    /// Why it failed as a whole, in one word (`ErrImagePull`, `VmLost`, ...); empty if its
+    /// containers tell everything.
+    pub reason: String,
+    /// The same as a text.
+    pub message: String,
+    /// Init containers and containers, in the order of their start.
+    pub containers: Vec<ContainerStatus>,
+}
+
+/// What is known of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerStatus {
+    /// Its name.
+    pub name: String,
+    /// Its part in the life of the pod.
+    pub kind: ContainerKind,
+    /// Its state.
+    pub state: ContainerState,
+    /// How the run before this one ended, if there was one.
+    pub last: Option<Terminated>,
+    /// How often it was started again.
+    pub restarts: u32,
+}
+
+/// State of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ContainerState {
+    /// It does not run yet, or not at the moment.
+    Waiting {
+        /// In one word: `PodInitializing`, `ContainerCreating`, `CrashLoopBackOff`, `ErrImagePull`,
+        /// ...
+        reason: &'static str,
+        /// The same as a text; may be empty.
+        message: String,
+    },
+    /// It runs.
+    Running {
+        /// Since when.
+        started_at: SystemTime,
+    },
+    /// It has ended.
+    Terminated(Terminated),
+}
+
+/// How a run of a container ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Terminated {
+    /// 0 to 255; 128 + n if signal n ended it.
+    pub exit_code: u8,
+    /// The signal that ended it, or 0.
+    pub signal: u8,
+    /// In one word.
+    pub reason: EndReason,
+    /// The same as a text; may be empty.
+    pub message: String,
+    /// When it was started; `None` if its program never ran.
+    pub started_at: Option<SystemTime>,
+    /// When it ended.
+    pub finished_at: SystemTime,
+}
+
+/// Why a run of a container ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EndReason {
+    /// With exit code 0.
+    Completed,
+    /// With another exit code, or by a signal.
+    Error,
+    /// The kernel killed it for memory.
+    OomKilled,
+    /// Its program could not be started.
+    StartError,
+    /// The virtual machine ended, and nobody knows.
+    ContainerStatusUnknown,
+}
+
+impl EndReason {
+    /// Its name in Kubernetes' API.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            EndReason::Completed => "Completed",
+            EndReason::Error => "Error",
+            EndReason::OomKilled => "OOMKilled",
+            EndReason::StartError => "StartError",
+            EndReason::ContainerStatusUnknown => "ContainerStatusUnknown",
+        }
+    }
+}
+
+/// A moment by two clocks: what is shown, and what is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moment {
+    /// Wall-clock time.
+    pub wall: SystemTime,
+    /// Time since the pod's actor was made; never goes back.
+    pub uptime: Duration,
+}
