@@ -55,7 +55,7 @@ pub fn run() -> ExitCode {
     let host = Host::of_environment();
     host.signal(signal::INIT);
     let init_ns = monotonic_ns();
-    let outcome = boot::run().map_err(|e| chain(&e)).and_then(|()| {
+    let outcome = boot::run(&host).map_err(|e| chain(&e)).and_then(|()| {
         start_log();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -1,0 +1,520 @@
+//! A guest without a VM: the agent in namespaces of its own, and what stands for its host.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio as Output};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use husk_proto::agent::agent_client::AgentClient;
+use husk_proto::agent::{self as wire, create_container_response, exec_process_response};
+use husk_proto::ports;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+
+/// Nothing here depends on a time; this only ends what hangs.
+const LIMIT: Duration = Duration::from_secs(300);
+
+pub(crate) type Client = AgentClient<Channel>;
+
+/// A running agent with a pod that is set up: file systems `base` and `scratch`, a volume `v`.
+pub(crate) struct Guest {
+    directory: tempfile::TempDir,
+    cgroup: PathBuf,
+    process: Mutex<Child>,
+    client: Option<Client>,
+    next_port: AtomicU32,
+}
+
+/// What a process gets.
+#[derive(Default)]
+pub(crate) struct Options {
+    pub(crate) stdin: Option<Vec<u8>>,
+    pub(crate) terminal: bool,
+    /// Streams are connected but not read.
+    pub(crate) hold: bool,
+}
+
+/// A program that has run.
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) exit: wire::WaitProcessResponse,
+}
+
+/// The host's ends of a process's streams.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    stdin: Option<UnixStream>,
+    stdout: UnixStream,
+    stderr: Option<UnixStream>,
+    seen: Vec<u8>,
+}
+
+pub(crate) fn id(id: &str) -> wire::DeleteContainerRequest {
+    wire::DeleteContainerRequest { id: id.into() }
+}
+
+pub(crate) fn start_id(id: &str) -> wire::StartContainerRequest {
+    wire::StartContainerRequest { id: id.into() }
+}
+
+/// A `config.json` as an engine would make it for a container of a pod.
+pub(crate) fn base_spec(args: &[&str]) -> Value {
+    config(args, |_| ())
+}
+
+pub(crate) fn config(args: &[&str], change: impl FnOnce(&mut Value)) -> Value {
+    let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
+    let mut spec = json!({
+        "ociVersion": "1.2.0",
+        "process": {
+            "args": args, "cwd": "/", "user": {"uid": 0, "gid": 0},
+            "env": ["PATH=/bin", "TERM=xterm"],
+        },
+        "root": {"path": "/run/husk/containers/a/rootfs"},
+        "mounts": [
+            mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
+            mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+            mount("/dev/pts", "devpts",
+                  &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+            mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+            mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+            mount("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
+            {"destination": "/dev/shm", "type": "bind", "source": "/run/husk/shm",
+             "options": ["rbind"]},
+        ],
+        "linux": {
+            "namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": "cgroup"}],
+            "resources": {"devices": [{"allow": false, "access": "rwm"}]},
+        },
+    });
+    change(&mut spec);
+    spec
+}
+
+/// The `process` of an exec.
+pub(crate) fn exec_process(args: &[&str]) -> Value {
+    json!({"args": args, "cwd": "/", "env": ["PATH=/bin"]})
+}
+
+pub(crate) fn setup_request(fs_group: Option<u32>) -> wire::SetupPodRequest {
+    let filesystem = |name: &str, read_only| wire::Filesystem {
+        name: name.into(),
+        disk_serial: name.into(),
+        fstype: "ext4".into(),
+        read_only,
+    };
+    wire::SetupPodRequest {
+        hostname: "pod".into(),
+        filesystems: vec![filesystem("base", true), filesystem("scratch", false)],
+        volumes: vec![wire::Volume {
+            name: "v".into(),
+            source: Some(wire::volume::Source::DirectoryOn("scratch".into())),
+            mode: 0o777,
+            fs_group,
+        }],
+        sysctls: [("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned())].into(),
+        realtime_ns: 0,
+        shm_size: 0,
+    }
+}
+
+/// The layer of an image: a static busybox, and traps.
+fn make_layer(base: &Path) {
+    let busybox = Path::new("/bin/busybox");
+    assert!(busybox.exists(), "the tests need a static busybox (Debian: busybox-static)");
+    for directory in ["bin", "etc", "links", "tmp", "proc", "dev", "sys"] {
+        fs::create_dir_all(base.join(directory)).unwrap();
+    }
+    fs::copy(busybox, base.join("bin/busybox")).unwrap();
+    let applets = Command::new(busybox).arg("--list").output().unwrap();
+    for name in String::from_utf8(applets.stdout).unwrap().lines().filter(|n| *n != "busybox") {
+        symlink("busybox", base.join("bin").join(name)).unwrap();
+    }
+    fs::write(base.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nw:x:33:33::/var/www:\n")
+        .unwrap();
+    fs::write(base.join("bin/garbage"), [0x7f, b'E', b'L', b'F', 0, 1, 2, 3]).unwrap();
+    fs::set_permissions(base.join("bin/garbage"), fs::Permissions::from_mode(0o755)).unwrap();
+    symlink("../../../../etc", base.join("links/up")).unwrap();
+    symlink("/etc", base.join("links/etc")).unwrap();
+    symlink("/run/x", base.join("links/dangling")).unwrap();
+}
+
+/// A new cgroup of version 2 for an agent, with every controller that there is.
+fn make_cgroup() -> PathBuf {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let root = mounts
+        .lines()
+        .find(|l| l.contains(" - cgroup2 "))
+        .and_then(|l| l.split(' ').nth(4))
+        .expect("cgroup v2 is not mounted");
+    let root = Path::new(root);
+    for controller in
+        fs::read_to_string(root.join("cgroup.controllers")).unwrap().split_whitespace()
+    {
+        fs::write(root.join("cgroup.subtree_control"), format!("+{controller}")).unwrap();
+    }
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let path = root.join(format!("husk-test-{}-{count}", std::process::id()));
+    fs::create_dir(&path).unwrap();
+    path
+}
+
+impl Guest {
+    pub(crate) async fn boot() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        make_layer(&directory.path().join("disk-base"));
+        fs::create_dir(directory.path().join("disk-scratch")).unwrap();
+        let control =
+            UnixListener::bind(directory.path().join(ports::CONTROL.to_string())).unwrap();
+        let cgroup = make_cgroup();
+        // Only the agent itself may be in the cgroup that becomes the root of its namespace.
+        let script = format!(
+            "echo 0 > {}/cgroup.procs && exec unshare --cgroup {}",
+            cgroup.display(),
+            env!("CARGO_BIN_EXE_husk-agent")
+        );
+        let process = Command::new("unshare")
+            .args(["--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"])
+            .args(["sh", "-c", &script])
+            .env("HUSK_AGENT_TEST_DIR", directory.path())
+            .stdin(Output::null())
+            .spawn()
+            .unwrap();
+        let (stream, _) =
+            tokio::time::timeout(LIMIT, control.accept()).await.expect("the agent came").unwrap();
+        let mut stream = Some(hyper_util::rt::TokioIo::new(stream));
+        let channel = Endpoint::from_static("http://agent")
+            .connect_with_connector(tower::service_fn(move |_| {
+                let stream = stream.take();
+                async move { stream.ok_or(std::io::Error::other("it connects only once")) }
+            }))
+            .await
+            .unwrap();
+        let mut client = AgentClient::new(channel);
+        let pod = client.setup_pod(setup_request(Some(1234))).await.unwrap().into_inner();
+        assert!(!pod.kernel_release.is_empty() && pod.init_ns <= pod.ready_ns);
+        fs::write(directory.path().join("disk-scratch/volumes/v/file"), "volume\n").unwrap();
+        Self {
+            directory,
+            cgroup,
+            process: Mutex::new(process),
+            client: Some(client),
+            next_port: AtomicU32::new(ports::FIRST_STREAM),
+        }
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        self.client.clone().unwrap()
+    }
+
+    fn listen(&self) -> (u32, UnixListener) {
+        let port = self.next_port.fetch_add(1, Ordering::Relaxed);
+        (port, UnixListener::bind(self.directory.path().join(port.to_string())).unwrap())
+    }
+
+    /// Listens for the streams that `options` asks for.
+    fn streams(&self, options: &Options) -> (wire::Stdio, impl Future<Output = Streams> + use<>) {
+        let input = (options.stdin.is_some() || options.terminal).then(|| self.listen());
+        let output = self.listen();
+        let error = (!options.terminal).then(|| self.listen());
+        let port = |l: &Option<(u32, UnixListener)>| l.as_ref().map_or(0, |(port, _)| *port);
+        let stdio = wire::Stdio {
+            stdin_port: port(&input),
+            stdout_port: output.0,
+            stderr_port: port(&error),
+        };
+        let accept = async move {
+            let accept = async |l: Option<(u32, UnixListener)>| match l {
+                Some((_, l)) => Some(l.accept().await.unwrap().0),
+                None => None,
+            };
+            Streams {
+                stdin: accept(input).await,
+                stdout: accept(Some(output)).await.unwrap(),
+                stderr: accept(error).await,
+                seen: Vec::new(),
+            }
+        };
+        (stdio, accept)
+    }
+
+    pub(crate) async fn try_create(
+        &self,
+        id: &str,
+        mut spec: Value,
+        options: Options,
+    ) -> Result<(wire::CreateContainerResponse, Option<Streams>), Status> {
+        spec["root"]["path"] = json!(format!("/run/husk/containers/{id}/rootfs"));
+        let (stdio, accept) = self.streams(&options);
+        let accept = tokio::spawn(accept);
+        let request = wire::CreateContainerRequest {
+            id: id.into(),
+            spec: serde_json::to_vec(&spec).unwrap(),
+            rootfs: Some(wire::Rootfs { lower: vec!["base".into()], upper_on: "scratch".into() }),
+            stdio: Some(stdio),
+        };
+        let result = self.client().create_container(request).await;
+        if result.is_err() {
+            accept.abort();
+        }
+        let response = result?.into_inner();
+        Ok((response, accept.await.ok()))
+    }
+
+    pub(crate) async fn create(&self, id: &str, spec: Value, options: Options) -> Streams {
+        let (response, streams) = self.try_create(id, spec, options).await.unwrap();
+        match response.result {
+            Some(create_container_response::Result::Pid(pid)) => assert!(pid > 1),
+            other => panic!("{other:?}"),
+        }
+        streams.unwrap()
+    }
+
+    pub(crate) async fn create_failure(&self, id: &str, spec: Value) -> wire::StartFailure {
+        let (response, _) = self.try_create(id, spec, Options::default()).await.unwrap();
+        match response.result {
+            Some(create_container_response::Result::Failure(failure)) => failure,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) async fn start(&self, id: &str, spec: Value, options: Options) -> Streams {
+        let streams = self.create(id, spec, options).await;
+        let started = self.client().start_container(start_id(id)).await.unwrap().into_inner();
+        assert_eq!(started.failure, None);
+        streams
+    }
+
+    pub(crate) async fn run(&self, id: &str, args: &[&str]) -> Run {
+        self.run_with(id, base_spec(args), Options::default()).await
+    }
+
+    pub(crate) async fn run_with(&self, id: &str, spec: Value, mut options: Options) -> Run {
+        let stdin = options.stdin.take();
+        if stdin.is_some() {
+            options.stdin = Some(Vec::new());
+        }
+        let streams = self.start(id, spec, options).await;
+        let (stdout, stderr) = streams.finish(stdin).await;
+        Run { stdout, stderr, exit: self.wait(id, "").await }
+    }
+
+    async fn try_exec(
+        &self,
+        id: &str,
+        exec: &str,
+        process: Value,
+    ) -> Result<(wire::ExecProcessResponse, Option<Streams>), Status> {
+        let (stdio, accept) = self.streams(&Options::default());
+        let accept = tokio::spawn(accept);
+        let request = wire::ExecProcessRequest {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            process: serde_json::to_vec(&process).unwrap(),
+            stdio: Some(stdio),
+        };
+        let result = self.client().exec_process(request).await;
+        if result.is_err() {
+            accept.abort();
+        }
+        let response = result?.into_inner();
+        Ok((response, accept.await.ok()))
+    }
+
+    pub(crate) async fn exec(&self, id: &str, exec: &str, process: Value) -> Result<Run, Status> {
+        let (response, streams) = self.try_exec(id, exec, process).await?;
+        match response.result {
+            Some(exec_process_response::Result::Pid(pid)) => assert!(pid > 1),
+            other => panic!("{other:?}"),
+        }
+        let (stdout, stderr) = streams.unwrap().finish(None).await;
+        Ok(Run { stdout, stderr, exit: self.wait(id, exec).await })
+    }
+
+    pub(crate) async fn exec_failure(&self, id: &str, exec: &str, process: Value) -> wire::StartFailure {
+        match self.try_exec(id, exec, process).await.unwrap().0.result {
+            Some(exec_process_response::Result::Failure(failure)) => failure,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(crate) async fn wait(&self, id: &str, exec: &str) -> wire::WaitProcessResponse {
+        let request = wire::WaitProcessRequest { container_id: id.into(), exec_id: exec.into() };
+        let mut client = self.client();
+        let answer = tokio::time::timeout(LIMIT, client.wait_process(request)).await;
+        answer.expect("the process ended").unwrap().into_inner()
+    }
+
+    pub(crate) async fn signal(&self, id: &str, exec: &str, signal: u32) -> Result<(), Status> {
+        let (container_id, exec_id) = (id.into(), exec.into());
+        let request = wire::SignalProcessRequest { container_id, exec_id, signal, all: false };
+        self.client().signal_process(request).await.map(|_| ())
+    }
+
+    pub(crate) async fn resize(&self, id: &str, width: u32, height: u32) -> Result<(), Status> {
+        let (container_id, exec_id) = (id.into(), String::new());
+        let request = wire::ResizeTerminalRequest { container_id, exec_id, width, height };
+        self.client().resize_terminal(request).await.map(|_| ())
+    }
+
+    pub(crate) async fn delete(&self, name: &str) {
+        self.client().delete_container(id(name)).await.unwrap();
+    }
+
+    pub(crate) async fn list(&self) -> Vec<wire::Container> {
+        let request = wire::ListContainersRequest {};
+        self.client().list_containers(request).await.unwrap().into_inner().containers
+    }
+
+    pub(crate) async fn stats(&self) -> wire::StatsResponse {
+        self.client().stats(wire::StatsRequest {}).await.unwrap().into_inner()
+    }
+
+    /// Closes the control connection.
+    pub(crate) fn hang_up(&mut self) {
+        self.client = None;
+    }
+
+    /// Waits for the agent's end.
+    pub(crate) async fn ended(&mut self) -> ExitStatus {
+        let wait = async {
+            loop {
+                if let Some(status) = self.process.lock().unwrap().try_wait().unwrap() {
+                    return status;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, wait).await.expect("the agent ended")
+    }
+
+    /// The places where a container leaves something: its writable layer, its cgroup, its directory.
+    fn places(&self) -> [PathBuf; 3] {
+        let agent = fs::read_to_string(self.cgroup.join("agent/cgroup.procs")).unwrap();
+        let agent = agent.lines().next().unwrap();
+        [
+            self.directory.path().join("disk-scratch/containers"),
+            self.cgroup.join("husk"),
+            PathBuf::from(format!("/proc/{agent}/root/run/husk/containers")),
+        ]
+    }
+
+    pub(crate) fn nothing_left(&self, id: &str) -> bool {
+        self.places().iter().all(|place| !place.join(id).exists())
+    }
+
+    /// Directories in these places, processes in the cgroup, and mounts and descriptors of the
+    /// agent.
+    pub(crate) fn count_left(&self) -> [usize; 4] {
+        let entries = |path: &Path| {
+            fs::read_dir(path).map_or(0, |d| {
+                d.filter(|e| e.as_ref().unwrap().file_type().unwrap().is_dir()).count()
+            })
+        };
+        let agent = fs::read_to_string(self.cgroup.join("agent/cgroup.procs")).unwrap();
+        let first = agent.lines().next().unwrap();
+        [
+            self.places().iter().map(|p| entries(p)).sum(),
+            agent.lines().count(),
+            fs::read_to_string(format!("/proc/{first}/mountinfo")).unwrap().lines().count(),
+            fs::read_dir(format!("/proc/{first}/fd")).unwrap().count(),
+        ]
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let mut process = self.process.lock().unwrap();
+        // It may have ended by itself.
+        process.kill().ok();
+        process.wait().unwrap();
+        fs::write(self.cgroup.join("cgroup.kill"), "1").unwrap();
+        for _ in 0..500 {
+            if remove_cgroups(&self.cgroup).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        eprintln!("{} is left", self.cgroup.display());
+    }
+}
+
+fn remove_cgroups(path: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_cgroups(&entry.path())?;
+        }
+    }
+    fs::remove_dir(path)
+}
+
+impl Streams {
+    /// Writes all input, and reads all output.
+    async fn finish(mut self, stdin: Option<Vec<u8>>) -> (String, String) {
+        let input = self.stdin.take();
+        let feed = async move {
+            if let (Some(mut socket), Some(bytes)) = (input, stdin) {
+                socket.write_all(&bytes).await.unwrap();
+                socket.shutdown().await.unwrap();
+            }
+        };
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let stderr = self.stderr.take();
+        let read_err = async {
+            if let Some(mut socket) = stderr {
+                socket.read_to_end(&mut err).await.unwrap();
+            }
+        };
+        let all = async {
+            let (_, result, ()) = tokio::join!(feed, self.stdout.read_to_end(&mut out), read_err);
+            result.unwrap();
+        };
+        tokio::time::timeout(LIMIT, all).await.expect("the output ended");
+        (String::from_utf8(out).unwrap(), String::from_utf8(err).unwrap())
+    }
+
+    pub(crate) async fn write(&mut self, bytes: &[u8]) {
+        self.stdin.as_mut().unwrap().write_all(bytes).await.unwrap();
+    }
+
+    /// Reads until the output contains `text`.
+    pub(crate) async fn read_until(&mut self, text: &str) {
+        let read = async {
+            while !String::from_utf8_lossy(&self.seen).contains(text) {
+                let mut buffer = [0; 256];
+                let count = self.stdout.read(&mut buffer).await.unwrap();
+                assert!(count > 0, "{:?}", String::from_utf8_lossy(&self.seen));
+                self.seen.extend(&buffer[..count]);
+            }
+        };
+        tokio::time::timeout(LIMIT, read).await.expect("the text came");
+    }
+
+    /// Everything that came on the standard output.
+    pub(crate) async fn rest(mut self) -> String {
+        self.stdout.read_to_end(&mut self.seen).await.unwrap();
+        String::from_utf8_lossy(&self.seen).into_owned()
+    }
+
+    /// Counts the rest of the standard output.
+    pub(crate) async fn drain_output(mut self) -> usize {
+        let mut buffer = vec![0; 1 << 16];
+        let mut total = 0;
+        loop {
+            match self.stdout.read(&mut buffer).await.unwrap() {
+                0 => return total,
+                count => total += count,
+            }
+        }
+    }
+}
