@@ -9,4 +9,5 @@
 
 pub mod kernel;
 pub mod place;
+pub mod pods;
 pub mod vmm;
