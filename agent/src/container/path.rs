@@ -87,7 +87,8 @@ fn make_missing(root: BorrowedFd<'_>, path: &str, make: Make, mode: Mode) -> io:
                         let target = target.into_string().map_err(|_| Errno::ILSEQ)?;
                         let base = if target.starts_with('/') { "" } else { before.as_str() };
                         let rest = parts.get(index + 1..).unwrap_or_default().join("/");
-                        return Ok(Made::Redirected(format!("{base}/{target}/{rest}")));
+                        let path = format!("{base}/{target}/{rest}");
+                        return Ok(Made::Redirected(path.trim_end_matches('/').to_owned()));
                     }
                     Err(e) => return Err(e.into()),
                 }

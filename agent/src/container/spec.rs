@@ -308,9 +308,13 @@ fn strict<'de, T: Deserialize<'de>>(json: &[u8]) -> Result<T, SpecError> {
     if unread.is_empty() { Ok(parsed) } else { Err(SpecError::Unsupported(unread)) }
 }
 
-/// The path of a field as people write it: without the marks that the library puts for `Option`.
+/// The path of a field as people write it: without the marks that the library puts for `Option`,
+/// and with a word for the whole.
 fn field_name(path: &str) -> String {
-    path.replace(".?", "")
+    match path {
+        "." => "the document".to_owned(),
+        path => path.replace(".?", ""),
+    }
 }
 
 /// Removes what means the same as absent: nulls and empty arrays. Its depth is that of the parsed
@@ -453,7 +457,8 @@ mod tests {
             value in any_json(),
         ) {
             if let Err(e) = parse(&with("", field, value)) {
-                prop_assert!(e.to_string().contains(field), "{}", e);
+                let text = crate::chain(&e);
+                prop_assert!(text.contains(field), "{}", text);
             }
         }
     }

@@ -340,7 +340,12 @@ impl Guest {
         Ok(Run { stdout, stderr, exit: self.wait(id, exec).await })
     }
 
-    pub(crate) async fn exec_failure(&self, id: &str, exec: &str, process: Value) -> wire::StartFailure {
+    pub(crate) async fn exec_failure(
+        &self,
+        id: &str,
+        exec: &str,
+        process: Value,
+    ) -> wire::StartFailure {
         match self.try_exec(id, exec, process).await.unwrap().0.result {
             Some(exec_process_response::Result::Failure(failure)) => failure,
             other => panic!("{other:?}"),
