@@ -35,6 +35,10 @@ pub mod guest {
     /// The pod's shared memory (`/dev/shm` of its containers).
     pub const SHM: &str = "/run/husk/shm";
 
+    /// Files that the agent writes in `SetupPod` and that containers bind over their own:
+    /// `ETC/hostname`, `ETC/hosts` and `ETC/resolv.conf`.
+    pub const ETC: &str = "/run/husk/etc";
+
     /// I/O port to which the agent writes one of [`signal`], for what the VMM alone can know or do.
     pub const SIGNAL_PORT: u16 = 0x0600;
 

@@ -1,0 +1,207 @@
+//! Reads one container.
+
+use std::collections::BTreeSet;
+
+use oci_spec::distribution::Reference;
+
+use super::pod::{check, show_cpu, show_memory};
+use super::problem::Problems;
+use super::view::View;
+use super::{env, names, security};
+use crate::types::{
+    Amounts, ContainerKind, ContainerPort, ContainerSpec, EnvValue, Protocol, PullPolicy,
+    Resources, Rootfs, VolumeMount, VolumeSpec,
+};
+
+/// What the containers of a pod share.
+pub(super) struct Shared<'a> {
+    pub(super) volumes: &'a [VolumeSpec],
+    pub(super) security: &'a security::PodSecurity,
+}
+
+/// Reads a container, of `spec.initContainers` if `is_init`. What is wrong is noted, and something
+/// harmless put in its place.
+pub(super) fn read(
+    view: &View<'_>,
+    is_init: bool,
+    shared: &Shared<'_>,
+    problems: &mut Problems,
+) -> ContainerSpec {
+    let name_view = view.get("name");
+    let name = name_view.required_text(problems).unwrap_or_default();
+    check(&name_view, name, names::label, problems);
+    // Any other policy of a single container has been refused by the table.
+    let restarts = view.get("restartPolicy").is_present();
+    let kind = match (is_init, restarts) {
+        (true, true) => ContainerKind::Sidecar,
+        (true, false) => ContainerKind::Init,
+        (false, _) => ContainerKind::Main,
+    };
+    let working_dir_view = view.get("workingDir");
+    let working_dir = working_dir_view.text(problems).filter(|text| !text.is_empty());
+    check(&working_dir_view, working_dir.unwrap_or_default(), names::absolute_path, problems);
+    let mut flag = |name| view.get(name).boolean(problems).unwrap_or_default();
+    let (tty, stdin, stdin_once) = (flag("tty"), flag("stdin"), flag("stdinOnce"));
+    ContainerSpec {
+        name: name.into(),
+        kind,
+        rootfs: read_rootfs(view, problems),
+        command: read_arguments(&view.get("command"), problems),
+        args: read_arguments(&view.get("args"), problems),
+        env: env::read_all(&view.get("env"), name, problems),
+        working_dir: working_dir.map(str::to_owned),
+        ports: read_ports(&view.get("ports"), problems),
+        resources: read_resources(&view.get("resources"), problems),
+        volume_mounts: read_mounts(&view.get("volumeMounts"), shared.volumes, problems),
+        security: security::read(&view.get("securityContext"), shared.security, problems),
+        tty,
+        stdin,
+        stdin_once,
+    }
+}
+
+/// Notes references of one container to another that is not there.
+pub(super) fn check_references(
+    containers: &[ContainerSpec],
+    init_views: &[View<'_>],
+    main_views: &[View<'_>],
+    problems: &mut Problems,
+) {
+    for (container, view) in containers.iter().zip(init_views.iter().chain(main_views)) {
+        let mut unnoted = problems.fork();
+        let env_views = view.get("env").objects(&mut unnoted);
+        for (variable, view) in container.env.iter().zip(&env_views) {
+            if let EnvValue::Resource(reference) = &variable.value
+                && !containers.iter().any(|other| other.name == reference.container)
+            {
+                view.get("valueFrom").get("resourceFieldRef").get("containerName").invalid(
+                    &reference.container,
+                    "there is no such container in this pod",
+                    problems,
+                );
+            }
+        }
+    }
+}
+
+fn read_rootfs(view: &View<'_>, problems: &mut Problems) -> Rootfs {
+    let image = view.get("image");
+    let reference = image.required_text(problems).unwrap_or_default();
+    let parsed = Reference::try_from(reference);
+    if let Err(error) = &parsed
+        && !reference.is_empty()
+    {
+        image.invalid(reference, format!("not an image reference: {error}"), problems);
+    }
+    let is_latest = parsed.is_ok_and(|reference| reference.tag() == Some("latest"));
+    let default = if is_latest { PullPolicy::Always } else { PullPolicy::IfNotPresent };
+    let pull_policy = view.get("imagePullPolicy").one_of(
+        &[
+            ("Always", PullPolicy::Always),
+            ("IfNotPresent", PullPolicy::IfNotPresent),
+            ("Never", PullPolicy::Never),
+        ],
+        problems,
+    );
+    Rootfs::Image { reference: reference.into(), pull_policy: pull_policy.unwrap_or(default) }
+}
+
+fn read_arguments(view: &View<'_>, problems: &mut Problems) -> Vec<String> {
+    let arguments = view.texts(problems);
+    for argument in arguments.iter().filter(|argument| argument.contains('\0')) {
+        view.invalid(argument, "must not contain a NUL byte", problems);
+    }
+    arguments
+}
+
+fn read_ports(view: &View<'_>, problems: &mut Problems) -> Vec<ContainerPort> {
+    let mut ports = Vec::new();
+    let mut seen = BTreeSet::new();
+    for view in view.objects(problems) {
+        let name_view = view.get("name");
+        let name = name_view.text(problems).filter(|name| !name.is_empty());
+        if let Some(name) = name {
+            check(&name_view, name, names::port, problems);
+            if !seen.insert(name) {
+                let reason = "another port of this container has this name";
+                name_view.invalid(name, reason, problems);
+            }
+        }
+        let port = view.get("containerPort");
+        port.require(problems);
+        ports.push(ContainerPort {
+            name: name.map(str::to_owned),
+            port: port.integer(1..=u16::MAX.into(), problems).unwrap_or(1),
+            protocol: view
+                .get("protocol")
+                .one_of(
+                    &[("TCP", Protocol::Tcp), ("UDP", Protocol::Udp), ("SCTP", Protocol::Sctp)],
+                    problems,
+                )
+                .unwrap_or_default(),
+        });
+    }
+    ports
+}
+
+fn read_resources(view: &View<'_>, problems: &mut Problems) -> Resources {
+    if !view.is_object(problems) {
+        return Resources::default();
+    }
+    let (limits_view, requests_view) = (view.get("limits"), view.get("requests"));
+    let limits = read_amounts(&limits_view, problems);
+    let given = read_amounts(&requests_view, problems);
+    let requests = Amounts {
+        cpu_millis: given.cpu_millis.or(limits.cpu_millis),
+        memory: given.memory.or(limits.memory),
+    };
+    let mut compare = |name, request: Option<u64>, limit: Option<u64>, show: fn(u64) -> String| {
+        if let (Some(request), Some(limit)) = (request, limit)
+            && request > limit
+        {
+            let reason = format!("must be at most the limit, {}", show(limit));
+            requests_view.get(name).invalid(show(request), reason, problems);
+        }
+    };
+    compare("cpu", requests.cpu_millis, limits.cpu_millis, show_cpu);
+    compare("memory", requests.memory, limits.memory, show_memory);
+    Resources { requests, limits }
+}
+
+fn read_amounts(view: &View<'_>, problems: &mut Problems) -> Amounts {
+    if !view.is_object(problems) {
+        return Amounts::default();
+    }
+    let cpu = view.get("cpu").quantity(problems).map(|(quantity, _)| quantity.millis());
+    let memory = view.get("memory").quantity(problems).map(|(quantity, _)| quantity.units());
+    Amounts { cpu_millis: cpu.filter(|n| *n > 0), memory: memory.filter(|n| *n > 0) }
+}
+
+fn read_mounts(
+    view: &View<'_>,
+    volumes: &[VolumeSpec],
+    problems: &mut Problems,
+) -> Vec<VolumeMount> {
+    let mut mounts: Vec<VolumeMount> = Vec::new();
+    for view in view.objects(problems) {
+        let name = view.get("name");
+        let volume = name.required_text(problems).unwrap_or_default();
+        if !volume.is_empty() && !volumes.iter().any(|other| other.name == volume) {
+            name.invalid(volume, "there is no such volume in spec.volumes", problems);
+        }
+        let path = view.get("mountPath");
+        let text = path.required_text(problems).unwrap_or_default();
+        check(&path, text, names::absolute_path, problems);
+        let clean =
+            if text.starts_with('/') { names::clean_path(text) } else { String::new() };
+        if text.starts_with('/') && clean.is_empty() {
+            path.invalid(text, "a volume cannot be the root", problems);
+        } else if mounts.iter().any(|other| other.mount_path == clean) && !clean.is_empty() {
+            let reason = "another volume of this container is mounted there";
+            path.invalid(text, reason, problems);
+        }
+        let read_only = view.get("readOnly").boolean(problems).unwrap_or_default();
+        mounts.push(VolumeMount { volume: volume.into(), mount_path: clean, read_only });
+    }
+    mounts
+}

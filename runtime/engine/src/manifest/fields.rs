@@ -1,0 +1,303 @@
+//! The table of the fields of a Pod: those of Kubernetes 1.35, in its order of importance.
+
+use super::schema::Literal::{Bool, Int, Text};
+use super::schema::{Field, list, no_effect, not_yet, object, only, yes};
+
+/// The fields of a manifest.
+pub(super) const POD: &[Field] = &[
+    yes("apiVersion", "`v1`"),
+    yes("kind", "`Pod`"),
+    object("metadata", METADATA, ""),
+    object("spec", SPEC, ""),
+    no_effect("status", "what an API server once recorded says nothing about this run"),
+];
+
+const RECORDED: &str = "recorded by an API server";
+
+const METADATA: &[Field] = &[
+    yes("name", "required: a DNS subdomain name"),
+    yes("namespace", "a DNS label; default `default`"),
+    yes("uid", "default: a new one for every run"),
+    yes("labels", "seen through `fieldRef`"),
+    yes("annotations", "seen through `fieldRef`"),
+    no_effect("generateName", "`name` is required, and wins"),
+    no_effect("creationTimestamp", RECORDED),
+    no_effect("deletionTimestamp", RECORDED),
+    no_effect("deletionGracePeriodSeconds", RECORDED),
+    no_effect("resourceVersion", RECORDED),
+    no_effect("generation", RECORDED),
+    no_effect("managedFields", RECORDED),
+    no_effect("selfLink", RECORDED),
+    no_effect("ownerReferences", "there are no other objects"),
+    not_yet("finalizers"),
+];
+
+const SPEC: &[Field] = &[
+    list("containers", CONTAINER, "required: at least one"),
+    list(
+        "initContainers",
+        INIT_CONTAINER,
+        "run one after the other before the containers; with `restartPolicy: Always`, sidecars",
+    ),
+    list("volumes", VOLUME, ""),
+    yes("restartPolicy", "`Always` (default), `OnFailure`, `Never`"),
+    yes("terminationGracePeriodSeconds", "default 30"),
+    yes("hostname", "a DNS label; default: `metadata.name`, cut to 63 bytes"),
+    object("securityContext", POD_SECURITY, ""),
+    yes("serviceAccountName", "seen through `fieldRef`; there is no token. Default `default`"),
+    yes("serviceAccount", "the old name of `serviceAccountName`"),
+    only("automountServiceAccountToken", &[Bool(false)], "there is no API server to give a token"),
+    only("hostNetwork", &[Bool(false)], "a pod never shares the host's network, it has its VM's"),
+    only("hostPID", &[Bool(false)], "a pod never sees the host's processes, it has its VM's"),
+    only("hostIPC", &[Bool(false)], "a pod never shares the host's IPC, it has its VM's"),
+    only("hostUsers", &[Bool(true)], "user namespaces inside the VM are not supported yet"),
+    only("shareProcessNamespace", &[Bool(false)], "sharing it is not supported yet"),
+    only("dnsPolicy", &[Text("ClusterFirst"), Text("Default")], "others are not supported yet"),
+    no_effect("enableServiceLinks", "there are no services"),
+    only("setHostnameAsFQDN", &[Bool(false)], "it needs a cluster's domain"),
+    only("runtimeClassName", &[Text("husk")], "this is husk"),
+    only("schedulerName", &[Text("default-scheduler")], "nothing is scheduled"),
+    only("preemptionPolicy", &[Text("PreemptLowerPriority")], "nothing is scheduled"),
+    only("priority", &[Int(0)], "nothing is scheduled"),
+    no_effect("tolerations", "a host has no taints"),
+    no_effect("imagePullSecrets", "registries are asked with the user's own credentials"),
+    object("os", &[only("name", &[Text("linux")], "the guest runs Linux")], ""),
+    not_yet("activeDeadlineSeconds"),
+    not_yet("affinity"),
+    not_yet("dnsConfig"),
+    not_yet("ephemeralContainers"),
+    not_yet("hostAliases"),
+    not_yet("hostnameOverride"),
+    not_yet("nodeName"),
+    not_yet("nodeSelector"),
+    not_yet("overhead"),
+    not_yet("priorityClassName"),
+    not_yet("readinessGates"),
+    not_yet("resourceClaims"),
+    not_yet("resources"),
+    not_yet("schedulingGates"),
+    not_yet("subdomain"),
+    not_yet("topologySpreadConstraints"),
+    not_yet("workloadRef"),
+];
+
+const SECCOMP: &[Field] = &[
+    only("type", &[Text("Unconfined")], "profiles are not supported yet"),
+    not_yet("localhostProfile"),
+];
+
+const APPARMOR: &[Field] = &[
+    only("type", &[Text("Unconfined")], "the guest has no AppArmor"),
+    not_yet("localhostProfile"),
+];
+
+const RUN_AS_USER: &str = "instead of the image's user";
+const RUN_AS_GROUP: &str = "instead of the image's or the user's group";
+const RUN_AS_NON_ROOT: &str = "a container that would run as user 0 does not start";
+
+const POD_SECURITY: &[Field] = &[
+    yes("runAsUser", RUN_AS_USER),
+    yes("runAsGroup", RUN_AS_GROUP),
+    yes("runAsNonRoot", RUN_AS_NON_ROOT),
+    yes("fsGroup", "owns the volumes, and every container is a member"),
+    no_effect("fsGroupChangePolicy", "it does not concern volumes that start empty"),
+    yes("supplementalGroups", "beside those of the image's `/etc/group`"),
+    only("supplementalGroupsPolicy", &[Text("Merge")], "`Strict` is not supported yet"),
+    list("sysctls", SYSCTL, "`kernel.shm*`, `kernel.msg*`, `kernel.sem`, `fs.mqueue.*`, `net.*`"),
+    object("seccompProfile", SECCOMP, ""),
+    object("appArmorProfile", APPARMOR, ""),
+    not_yet("seLinuxOptions"),
+    not_yet("seLinuxChangePolicy"),
+    not_yet("windowsOptions"),
+];
+
+const SYSCTL: &[Field] = &[yes("name", "required"), yes("value", "required")];
+
+const SECURITY: &[Field] = &[
+    yes("runAsUser", RUN_AS_USER),
+    yes("runAsGroup", RUN_AS_GROUP),
+    yes("runAsNonRoot", RUN_AS_NON_ROOT),
+    yes("readOnlyRootFilesystem", ""),
+    yes("privileged", "all rights inside the VM, none on the host"),
+    yes("allowPrivilegeEscalation", "default true; false sets `no_new_privs`"),
+    object(
+        "capabilities",
+        &[
+            yes("add", "names without `CAP_`, or `ALL`"),
+            yes("drop", "names without `CAP_`, or `ALL`; wins over `add` by name"),
+        ],
+        "changes to the default set of containerd",
+    ),
+    yes("procMount", "`Default` or `Unmasked`"),
+    object("seccompProfile", SECCOMP, ""),
+    object("appArmorProfile", APPARMOR, ""),
+    not_yet("seLinuxOptions"),
+    not_yet("windowsOptions"),
+];
+
+/// The fields that init containers and containers have in common, and the one in which they differ.
+macro_rules! container_fields {
+    ($restart_policy:expr) => {
+        &[
+            yes("name", "required: a DNS label, unique in the pod"),
+            yes("image", "required"),
+            yes(
+                "imagePullPolicy",
+                "`Always`, `IfNotPresent`, `Never`; default `Always` for the tag `latest` or none, \
+                 else `IfNotPresent`",
+            ),
+            yes("command", "replaces the image's entrypoint and arguments; `$(VAR)` is expanded"),
+            yes("args", "replaces the image's arguments; `$(VAR)` is expanded"),
+            list("env", ENV, "in this order; of a repeated name, the last wins"),
+            yes("workingDir", "an absolute path; default: the image's"),
+            list("ports", PORT, "information only: every port is open within the pod"),
+            object("resources", RESOURCES, "size the container's cgroup and, together, the VM"),
+            list("volumeMounts", MOUNT, ""),
+            object("securityContext", SECURITY, "wins over the pod's"),
+            yes("stdin", ""),
+            yes("stdinOnce", ""),
+            yes("tty", ""),
+            $restart_policy,
+            only(
+                "terminationMessagePath",
+                &[Text("/dev/termination-log")],
+                "messages are not collected yet",
+            ),
+            only("terminationMessagePolicy", &[Text("File")], "messages are not collected yet"),
+            no_effect("resizePolicy", "nothing is resized"),
+            not_yet("envFrom"),
+            not_yet("lifecycle"),
+            not_yet("livenessProbe"),
+            not_yet("readinessProbe"),
+            not_yet("restartPolicyRules"),
+            not_yet("startupProbe"),
+            not_yet("volumeDevices"),
+        ]
+    };
+}
+
+const CONTAINER: &[Field] = container_fields!(not_yet("restartPolicy"));
+
+const INIT_CONTAINER: &[Field] = container_fields!(only(
+    "restartPolicy",
+    &[Text("Always")],
+    "it makes a sidecar; other policies of single containers are not supported yet"
+));
+
+const ENV: &[Field] = &[
+    yes("name", "required: printable ASCII without `=`"),
+    yes("value", "`$(VAR)` of variables defined before is expanded; `$$` is a `$`"),
+    object(
+        "valueFrom",
+        &[
+            object(
+                "fieldRef",
+                &[
+                    yes(
+                        "fieldPath",
+                        "`metadata.name`, `metadata.namespace`, `metadata.uid`, \
+                         `metadata.labels['KEY']`, `metadata.annotations['KEY']`, `spec.nodeName`, \
+                         `spec.serviceAccountName`, `status.podIP`, `status.podIPs`, \
+                         `status.hostIP`, `status.hostIPs`",
+                    ),
+                    yes("apiVersion", "`v1`"),
+                ],
+                "",
+            ),
+            object(
+                "resourceFieldRef",
+                &[
+                    yes(
+                        "resource",
+                        "`limits.cpu`, `limits.memory` (if unset: the VM's), `requests.cpu`, \
+                         `requests.memory`",
+                    ),
+                    yes("containerName", "default: this container"),
+                    yes("divisor", "`1`, `1m` for CPU; `1`, `1k` to `1E`, `1Ki` to `1Ei` for memory"),
+                ],
+                "",
+            ),
+            not_yet("configMapKeyRef"),
+            not_yet("fileKeyRef"),
+            not_yet("secretKeyRef"),
+        ],
+        "instead of `value`",
+    ),
+];
+
+const PORT: &[Field] = &[
+    yes("containerPort", "required: 1 to 65535"),
+    yes("name", "unique in the container"),
+    yes("protocol", "`TCP` (default), `UDP`, `SCTP`"),
+    not_yet("hostPort"),
+    not_yet("hostIP"),
+];
+
+const RESOURCES: &[Field] = &[
+    object("limits", AMOUNTS, ""),
+    object("requests", AMOUNTS, "default: the limits"),
+    not_yet("claims"),
+];
+
+const AMOUNTS: &[Field] = &[
+    yes("cpu", "limit: quota (`cpu.max`); request: weight (`cpu.weight`)"),
+    yes("memory", "limit: `memory.max`; request: only the quality-of-service class"),
+    not_yet("ephemeral-storage"),
+    not_yet("hugepages-*"),
+    not_yet("*/*"),
+];
+
+const MOUNT: &[Field] = &[
+    yes("name", "required: a volume of the pod"),
+    yes("mountPath", "required: an absolute path, each once"),
+    yes("readOnly", "default false"),
+    only("recursiveReadOnly", &[Text("Disabled")], "others are not supported yet"),
+    only("mountPropagation", &[Text("None")], "others are not supported yet"),
+    not_yet("subPath"),
+    not_yet("subPathExpr"),
+];
+
+const VOLUME: &[Field] = &[
+    yes("name", "required: a DNS label, unique in the pod"),
+    object(
+        "emptyDir",
+        &[
+            yes("medium", "empty (default): on the pod's scratch disk; `Memory`: a tmpfs"),
+            yes(
+                "sizeLimit",
+                "for `Memory`, the size of the tmpfs, inside the memory limits; for the disk, the \
+                 most that fits before ENOSPC",
+            ),
+        ],
+        "",
+    ),
+    not_yet("awsElasticBlockStore"),
+    not_yet("azureDisk"),
+    not_yet("azureFile"),
+    not_yet("cephfs"),
+    not_yet("cinder"),
+    not_yet("configMap"),
+    not_yet("csi"),
+    not_yet("downwardAPI"),
+    not_yet("ephemeral"),
+    not_yet("fc"),
+    not_yet("flexVolume"),
+    not_yet("flocker"),
+    not_yet("gcePersistentDisk"),
+    not_yet("gitRepo"),
+    not_yet("glusterfs"),
+    not_yet("hostPath"),
+    not_yet("image"),
+    not_yet("iscsi"),
+    not_yet("nfs"),
+    not_yet("persistentVolumeClaim"),
+    not_yet("photonPersistentDisk"),
+    not_yet("portworxVolume"),
+    not_yet("projected"),
+    not_yet("quobyte"),
+    not_yet("rbd"),
+    not_yet("scaleIO"),
+    not_yet("secret"),
+    not_yet("storageos"),
+    not_yet("vsphereVolume"),
+];

@@ -1,0 +1,70 @@
+//! Pod manifests: YAML (or JSON) of Kubernetes v1 Pods, made into [`PodSpec`]s.
+//!
+//! A manifest that husk cannot run as Kubernetes would is refused, and every reason is named by the
+//! path of its field: nothing is dropped silently. What is supported is one table (`fields`), from
+//! which `docs/pod-manifest.md` is made.
+//!
+//! ```text
+//!  text --tree--> nodes with places --schema--> unknown and unsupported fields
+//!                        |
+//!                        +---pod, container, env, security---> PodSpec, or what is wrong
+//! ```
+
+mod container;
+#[cfg(test)]
+mod docs;
+mod env;
+mod fields;
+mod names;
+mod pod;
+mod problem;
+mod quantity;
+mod schema;
+mod security;
+#[cfg(test)]
+mod tests;
+mod tree;
+mod view;
+mod volume;
+
+use std::collections::BTreeSet;
+
+use crate::types::PodSpec;
+
+pub use problem::{ManifestError, Problem, ProblemKind, Problems};
+pub use quantity::{MAX_FRACTION_DIGITS, Quantity, QuantityError};
+pub use tree::MAX_LEN;
+
+/// Reads all Pods of a manifest, with the defaults that an API server would set.
+///
+/// `source_name` is how messages call the manifest, usually the path of its file.
+///
+/// # Errors
+/// If the text is not YAML, holds no document, or anything in any document is wrong. All problems
+/// are in the error (up to 50).
+pub fn parse(text: &str, source_name: &str) -> Result<Vec<PodSpec>, ManifestError> {
+    let documents = tree::read(text, source_name)?;
+    if documents.is_empty() {
+        return Err(ManifestError::Empty { source_name: source_name.into() });
+    }
+    let mut problems = Problems::new(source_name);
+    let mut pods = Vec::new();
+    let mut seen = BTreeSet::new();
+    for document in &documents {
+        let Some(pod) = pod::read(document, &mut problems) else {
+            continue;
+        };
+        let name = (pod.metadata.namespace.clone(), pod.metadata.name.clone());
+        if !seen.insert(name) {
+            let view = view::View::root(document).get("metadata").get("name");
+            let reason = "an earlier document is a Pod of this name in this namespace";
+            view.invalid(&pod.metadata.name, reason, &mut problems);
+        }
+        pods.push(pod);
+    }
+    if problems.is_empty() {
+        return Ok(pods);
+    }
+    problems.sort();
+    Err(ManifestError::Invalid(problems))
+}

@@ -1,0 +1,224 @@
+//! The environment of a container, as the kubelet and a CRI runtime make it together.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+
+use oci_spec::image::Config;
+
+use super::StartContext;
+use super::expansion::{TooLong, expand};
+use crate::types::{
+    ContainerSpec, EnvValue, FieldRef, PodSpec, Resources, ResourceField, ResourceFieldRef,
+};
+
+/// Longest argument or `NAME=VALUE`, in bytes: Linux' `MAX_ARG_STRLEN`, which counts a NUL byte.
+const MAX_STRING: usize = 128 * 1024 - 1;
+
+/// Most bytes of all arguments and variables together: Linux' `ARG_MAX` for a stack of 8 MiB. Also
+/// what keeps variables that refer to each other from growing without end.
+const MAX_TOTAL: usize = 2 * 1024 * 1024;
+
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Why an environment or a command cannot be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EnvError {
+    /// A value is longer than the kernel takes.
+    #[error("{name}: longer than {MAX_STRING} bytes once expanded")]
+    TooLong {
+        /// The variable, or `command` or `args`.
+        name: String,
+    },
+    /// All of it is more than the kernel takes.
+    #[error("more than {MAX_TOTAL} bytes of arguments and environment")]
+    TooMuch,
+    /// The pod or the host has no address.
+    #[error("{name}: {field} is not known: {owner} has no address")]
+    NoAddress {
+        /// The variable.
+        name: String,
+        /// The field that it refers to.
+        field: &'static str,
+        /// Who has none.
+        owner: &'static str,
+    },
+    /// A resource of a container that the pod does not have.
+    #[error("{name}: the pod has no container {container}")]
+    NoSuchContainer {
+        /// The variable.
+        name: String,
+        /// The container.
+        container: String,
+    },
+}
+
+/// The variables that the pod declares for a container, resolved.
+#[derive(Debug, Default)]
+pub(super) struct Declared {
+    /// In the order of their declaration, names once.
+    list: Vec<(String, String)>,
+    index: HashMap<String, usize>,
+}
+
+impl Declared {
+    fn get(&self, name: &str) -> Option<&str> {
+        let (_, value) = self.list.get(*self.index.get(name)?)?;
+        Some(value)
+    }
+
+    fn set(&mut self, name: &str, value: String) {
+        match self.index.get(name).and_then(|i| self.list.get_mut(*i)) {
+            Some((_, old)) => *old = value,
+            None => {
+                self.index.insert(name.to_owned(), self.list.len());
+                self.list.push((name.to_owned(), value));
+            }
+        }
+    }
+
+    fn expand(&self, name: &str, text: &str) -> Result<String, EnvError> {
+        expand(text, |name| self.get(name), MAX_STRING)
+            .map_err(|TooLong| EnvError::TooLong { name: name.into() })
+    }
+
+    /// Expands every text. `name` is for the error.
+    pub(super) fn expand_all(&self, name: &str, texts: &[String]) -> Result<Vec<String>, EnvError> {
+        let mut budget = Budget::default();
+        let mut expanded = Vec::new();
+        for text in texts {
+            let text = self.expand(name, text)?;
+            budget.take(text.len())?;
+            expanded.push(text);
+        }
+        Ok(expanded)
+    }
+}
+
+/// Bytes that are left of [`MAX_TOTAL`].
+struct Budget(usize);
+
+impl Default for Budget {
+    fn default() -> Self {
+        Budget(MAX_TOTAL)
+    }
+}
+
+impl Budget {
+    /// Takes a string and its NUL byte.
+    fn take(&mut self, len: usize) -> Result<(), EnvError> {
+        let left = self.0.checked_sub(len).and_then(|left| left.checked_sub(1));
+        self.0 = left.ok_or(EnvError::TooMuch)?;
+        Ok(())
+    }
+}
+
+/// Resolves the variables that the pod declares for `container`, one after the other: each sees
+/// those before it, and of a repeated name the last value stays.
+pub(super) fn declared(
+    pod: &PodSpec,
+    container: &ContainerSpec,
+    context: &StartContext<'_>,
+) -> Result<Declared, EnvError> {
+    let mut declared = Declared::default();
+    let mut budget = Budget::default();
+    for variable in &container.env {
+        let name = &variable.name;
+        let value = match &variable.value {
+            EnvValue::Literal(text) => declared.expand(name, text)?,
+            EnvValue::Field(field) => field_value(name, field, pod, context)?,
+            EnvValue::Resource(reference) => resource_value(name, reference, pod)?,
+        };
+        if name.len().saturating_add(value.len()) >= MAX_STRING {
+            return Err(EnvError::TooLong { name: name.clone() });
+        }
+        budget.take(name.len().saturating_add(value.len()))?;
+        declared.set(name, value);
+    }
+    Ok(declared)
+}
+
+/// The whole environment: defaults, then the image's, then what the pod declares; of a repeated
+/// name the last value stays.
+pub(super) fn complete(
+    pod: &PodSpec,
+    container: &ContainerSpec,
+    image: &Config,
+    declared: &Declared,
+) -> Result<Vec<String>, EnvError> {
+    let mut all = Declared::default();
+    all.set("PATH", DEFAULT_PATH.to_owned());
+    if container.tty {
+        all.set("TERM", "xterm".to_owned());
+    }
+    all.set("HOSTNAME", pod.hostname.clone());
+    let of_image = image.env().as_deref().unwrap_or_default();
+    // The image specification knows only NAME=VALUE; what has another form is no variable.
+    for (name, value) in of_image.iter().filter_map(|entry| entry.split_once('=')) {
+        all.set(name, value.to_owned());
+    }
+    for (name, value) in &declared.list {
+        all.set(name, value.clone());
+    }
+    let mut budget = Budget::default();
+    let mut env = Vec::new();
+    for (name, value) in all.list {
+        let entry = format!("{name}={value}");
+        budget.take(entry.len())?;
+        env.push(entry);
+    }
+    Ok(env)
+}
+
+fn field_value(
+    name: &str,
+    field: &FieldRef,
+    pod: &PodSpec,
+    context: &StartContext<'_>,
+) -> Result<String, EnvError> {
+    let of_map = |map: &BTreeMap<String, String>, key: &str| map.get(key).cloned();
+    let first = |ips: &[IpAddr], field, owner| match ips.first() {
+        Some(ip) => Ok(ip.to_string()),
+        None => Err(EnvError::NoAddress { name: name.to_owned(), field, owner }),
+    };
+    let all = |ips: &[IpAddr], field, owner| {
+        first(ips, field, owner)?;
+        Ok(ips.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(","))
+    };
+    let metadata = &pod.metadata;
+    match field {
+        FieldRef::Name => Ok(metadata.name.clone()),
+        FieldRef::Namespace => Ok(metadata.namespace.clone()),
+        FieldRef::Uid => Ok(context.pod_uid.to_owned()),
+        FieldRef::Label(key) => Ok(of_map(&metadata.labels, key).unwrap_or_default()),
+        FieldRef::Annotation(key) => Ok(of_map(&metadata.annotations, key).unwrap_or_default()),
+        FieldRef::NodeName => Ok(context.node_name.to_owned()),
+        FieldRef::ServiceAccountName => Ok(pod.service_account.clone()),
+        FieldRef::HostIp => first(context.host_ips, "status.hostIP", "the host"),
+        FieldRef::HostIps => all(context.host_ips, "status.hostIPs", "the host"),
+        FieldRef::PodIp => first(context.pod_ips, "status.podIP", "the pod"),
+        FieldRef::PodIps => all(context.pod_ips, "status.podIPs", "the pod"),
+    }
+}
+
+/// The amount in units of the divisor, rounded up.
+fn resource_value(
+    name: &str,
+    reference: &ResourceFieldRef,
+    pod: &PodSpec,
+) -> Result<String, EnvError> {
+    let ResourceFieldRef { container, resource, divisor } = reference;
+    let Some(owner) = pod.container(container) else {
+        let container = container.clone();
+        return Err(EnvError::NoSuchContainer { name: name.to_owned(), container });
+    };
+    let Resources { requests, limits } = &owner.resources;
+    let vm_cpu = u64::from(pod.vm.vcpus).saturating_mul(1000);
+    let vm_memory = u64::from(pod.vm.memory_mib).saturating_mul(1024 * 1024);
+    let amount = match resource {
+        ResourceField::LimitsCpu => limits.cpu_millis.unwrap_or(vm_cpu),
+        ResourceField::LimitsMemory => limits.memory.unwrap_or(vm_memory),
+        ResourceField::RequestsCpu => requests.cpu_millis.unwrap_or(0),
+        ResourceField::RequestsMemory => requests.memory.unwrap_or(0),
+    };
+    Ok(amount.div_ceil((*divisor).max(1)).to_string())
+}
