@@ -38,7 +38,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use self::host::{ConnectError, HostBusy, HostSink, MAX_WAITING_CONNECTS, VsockHandle};
 use self::host::{HostLink, ring};
-use self::mux::Mux;
+pub use self::mux::Mux;
+pub use self::packet::Header;
 use self::packet::{HEADER_LEN, MAX_PAYLOAD};
 use super::chain::{Chain, GuestFault, Progress, SERVE_BUDGET, Virtqueue};
 use super::worker::{Handler, Poller, Readiness, Worker, WorkerError, as_fd};

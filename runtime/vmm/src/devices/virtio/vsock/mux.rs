@@ -54,9 +54,9 @@ struct Staged {
     range: Range<usize>,
 }
 
-/// See the module.
+/// See the module. Public for the fuzzer; [`Vsock`](super::Vsock) is what joins it to queues.
 #[derive(Debug)]
-pub(super) struct Mux {
+pub struct Mux {
     guest_cid: u64,
     sockets: Sockets,
     connections: HashMap<ConnectionId, Connection>,
@@ -74,11 +74,11 @@ pub(super) struct Mux {
 }
 
 impl Mux {
-    /// A multiplexer without connections for the guest at `guest_cid`.
+    /// A multiplexer without connections, for the guest at `guest_cid`.
     ///
     /// # Errors
     /// No epoll instance could be had.
-    pub(super) fn new(guest_cid: u64) -> io::Result<Self> {
+    pub fn new(guest_cid: u64) -> io::Result<Self> {
         Ok(Mux {
             guest_cid,
             sockets: Sockets::new()?,
@@ -95,12 +95,12 @@ impl Mux {
     }
 
     /// Whether another packet of the guest's may be taken in.
-    pub(super) fn accepts_packets(&self) -> bool {
+    pub fn accepts_packets(&self) -> bool {
         self.resets.len() < MAX_WAITING_RESETS
     }
 
     /// Takes in a packet of the guest's, header and payload.
-    pub(super) fn receive(&mut self, bytes: &[u8], sink: &mut dyn HostSink, now: Instant) {
+    pub fn receive(&mut self, bytes: &[u8], sink: &mut dyn HostSink, now: Instant) {
         let Packet { key, credit, op } = match Packet::parse(bytes, self.guest_cid) {
             Ok(packet) => packet,
             Err(error) => return self.refuse(&error, sink),
@@ -157,7 +157,7 @@ impl Mux {
     ///
     /// # Errors
     /// The host's fault.
-    pub(super) fn poll_sockets(&mut self, sink: &mut dyn HostSink, now: Instant) -> io::Result<()> {
+    pub fn poll_sockets(&mut self, sink: &mut dyn HostSink, now: Instant) -> io::Result<()> {
         for Readiness { id, readable, writable, hung_up } in self.sockets.ready()? {
             let Some(connection) = self.connections.get_mut(&id) else { continue };
             connection.note_readiness(readable, writable, hung_up);
@@ -173,7 +173,7 @@ impl Mux {
     }
 
     /// Ends what the guest did not answer in time.
-    pub(super) fn expire(&mut self, sink: &mut dyn HostSink, now: Instant) {
+    pub fn expire(&mut self, sink: &mut dyn HostSink, now: Instant) {
         if self.next_deadline.is_none_or(|deadline| now < deadline) {
             return;
         }
@@ -192,7 +192,7 @@ impl Mux {
 
     /// Finds the next packet for the guest; `false` if there is none. After `true`, [`Mux::take`] has
     /// it.
-    pub(super) fn stage(&mut self, sink: &mut dyn HostSink, now: Instant) -> bool {
+    pub fn stage(&mut self, sink: &mut dyn HostSink, now: Instant) -> bool {
         loop {
             if !self.resets.is_empty() || self.staged_is_wanted() {
                 return true;
@@ -220,7 +220,7 @@ impl Mux {
 
     /// The next packet for a buffer of the guest's with room for `room` bytes of payload, at least
     /// one. `None` if [`Mux::stage`] did not just say that there is one.
-    pub(super) fn take(&mut self, room: usize) -> Option<(Header, &[u8])> {
+    pub fn take(&mut self, room: usize) -> Option<(Header, &[u8])> {
         if let Some(reset) = self.resets.pop_front() {
             return Some((reset, &[]));
         }

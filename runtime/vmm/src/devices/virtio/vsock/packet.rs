@@ -37,7 +37,7 @@ const SHUTDOWN_SEND: u32 = 1 << 1;
 
 /// `struct virtio_vsock_hdr`, decoded.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Header {
+pub struct Header {
     pub(super) src_cid: u64,
     pub(super) dst_cid: u64,
     pub(super) src_port: u32,
