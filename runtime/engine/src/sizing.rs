@@ -115,17 +115,12 @@ mod tests {
 
     fn container(kind: ContainerKind, cpu_millis: u64, memory_mib: u64) -> ContainerSpec {
         let some = |amount: u64| (amount > 0).then_some(amount);
-        let limits = Amounts {
-            cpu_millis: some(cpu_millis),
-            memory: some(memory_mib.saturating_mul(MIB)),
-        };
+        let limits =
+            Amounts { cpu_millis: some(cpu_millis), memory: some(memory_mib.saturating_mul(MIB)) };
         ContainerSpec {
             name: "c".into(),
             kind,
-            rootfs: Rootfs::Image {
-                reference: "i".into(),
-                pull_policy: PullPolicy::IfNotPresent,
-            },
+            rootfs: Rootfs::Image { reference: "i".into(), pull_policy: PullPolicy::IfNotPresent },
             command: Vec::new(),
             args: Vec::new(),
             env: Vec::new(),

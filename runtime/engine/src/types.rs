@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 pub struct PodSpec {
     /// Who the pod is.
     pub metadata: PodMetadata,
-    /// Host name in the guest: a DNS label, at most 63 bytes.
+    /// Host name in the guest: a DNS name of at most 63 bytes.
     pub hostname: String,
     /// When containers that ended are started again. Does not concern sidecars, which always are.
     pub restart_policy: RestartPolicy,
@@ -148,8 +148,9 @@ pub struct ContainerSpec {
     /// Replaces the image's default arguments; empty leaves them, unless there is a command.
     /// `$(VAR)` is not expanded yet.
     pub args: Vec<String>,
-    /// Environment in the order of its definition, each name once. Not resolved yet: that happens
-    /// at every start ([`crate::oci`]), when the pod's addresses are known.
+    /// Environment in the order of its definition; a value sees those before it, and of a repeated
+    /// name the last value stays. Not resolved yet: that happens at every start ([`crate::oci`]),
+    /// when the pod's addresses are known.
     pub env: Vec<EnvVar>,
     /// Absolute path, instead of the image's.
     pub working_dir: Option<String>,

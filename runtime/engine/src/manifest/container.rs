@@ -192,8 +192,7 @@ fn read_mounts(
         let path = view.get("mountPath");
         let text = path.required_text(problems).unwrap_or_default();
         check(&path, text, names::absolute_path, problems);
-        let clean =
-            if text.starts_with('/') { names::clean_path(text) } else { String::new() };
+        let clean = if text.starts_with('/') { names::clean_path(text) } else { String::new() };
         if text.starts_with('/') && clean.is_empty() {
             path.invalid(text, "a volume cannot be the root", problems);
         } else if mounts.iter().any(|other| other.mount_path == clean) && !clean.is_empty() {

@@ -21,7 +21,12 @@ struct Reference {
 impl Reference {
     fn add(&mut self, fields: &[Field], prefix: &str) {
         let mut refused = Vec::new();
+        // The fields of init containers are those of containers, with one exception.
+        let is_init = prefix == "spec.initContainers[]";
         for Field { name, support, shape } in fields {
+            if is_init && *name != "restartPolicy" {
+                continue;
+            }
             let path = if prefix.is_empty() { (*name).into() } else { format!("{prefix}.{name}") };
             match (support, shape) {
                 (Support::NotYet, _) => refused.push(format!("`{name}`")),
@@ -63,7 +68,7 @@ fn reference() -> String {
     format!(
         "{BEGIN}\n\
          ### Honoured\n\n| Field | |\n|---|---|\n{honoured}\n\
-         ### Honoured with one value only\n\n\
+         ### Honoured with some values only\n\n\
          Any other value is refused.\n\n\
          | Field | Values | Why |\n|---|---|---|\n{fixed}\n\
          ### Accepted, without effect\n\n| Field | Why |\n|---|---|\n{no_effect}\n\

@@ -48,9 +48,7 @@ fn read_source(
             None
         }
         (true, false) => read_field_ref(&field, problems).map(EnvValue::Field),
-        (false, true) => {
-            read_resource_ref(&resource, container, problems).map(EnvValue::Resource)
-        }
+        (false, true) => read_resource_ref(&resource, container, problems).map(EnvValue::Resource),
         // Other sources are not supported, which has been said.
         (false, false) => {
             if !from.has_other_fields(&[]) {
@@ -131,11 +129,7 @@ fn read_resource_ref(
 }
 
 /// The unit, in thousandths of a CPU or in bytes. Kubernetes allows these values, and 0 for 1.
-fn read_divisor(
-    view: &View<'_>,
-    resource: ResourceField,
-    problems: &mut Problems,
-) -> Option<u64> {
+fn read_divisor(view: &View<'_>, resource: ResourceField, problems: &mut Problems) -> Option<u64> {
     const MEMORY: &[&str] =
         &["1", "1k", "1M", "1G", "1T", "1P", "1E", "1Ki", "1Mi", "1Gi", "1Ti", "1Pi", "1Ei"];
     let is_cpu = matches!(resource, ResourceField::LimitsCpu | ResourceField::RequestsCpu);

@@ -37,7 +37,8 @@ const SPEC: &[Field] = &[
     list(
         "initContainers",
         INIT_CONTAINER,
-        "run one after the other before the containers; with `restartPolicy: Always`, sidecars",
+        "run one after the other before the containers; with `restartPolicy: Always`, sidecars; \
+         their other fields are those of containers",
     ),
     list("volumes", VOLUME, ""),
     yes("restartPolicy", "`Always` (default), `OnFailure`, `Never`"),
@@ -213,7 +214,10 @@ const ENV: &[Field] = &[
                          `requests.memory`",
                     ),
                     yes("containerName", "default: this container"),
-                    yes("divisor", "`1`, `1m` for CPU; `1`, `1k` to `1E`, `1Ki` to `1Ei` for memory"),
+                    yes(
+                        "divisor",
+                        "`1`, `1m` for CPU; `1`, `1k` to `1E`, `1Ki` to `1Ei` for memory",
+                    ),
                 ],
                 "",
             ),

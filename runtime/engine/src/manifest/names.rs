@@ -5,7 +5,8 @@ pub(super) const LABEL_MAX: usize = 63;
 const SUBDOMAIN_MAX: usize = 253;
 
 fn is_label(text: &str) -> bool {
-    let ends_well = |c: Option<char>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
+    let ends_well =
+        |c: Option<char>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
     text.len() <= LABEL_MAX
         && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
         && ends_well(text.chars().next())

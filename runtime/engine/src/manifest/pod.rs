@@ -51,8 +51,10 @@ fn read_document(root: &View<'_>, document: &Node, problems: &mut Problems) -> O
         containers_view.invalid("[]", "must have at least one container", problems);
     }
     let mut seen = BTreeSet::new();
-    for (view, is_init) in
-        init_views.iter().map(|view| (view, true)).chain(main_views.iter().map(|view| (view, false)))
+    for (view, is_init) in init_views
+        .iter()
+        .map(|view| (view, true))
+        .chain(main_views.iter().map(|view| (view, false)))
     {
         let container = container::read(view, is_init, &shared, problems);
         if !container.name.is_empty() && !seen.insert(container.name.clone()) {

@@ -15,8 +15,9 @@ pub(super) struct Field {
     pub(super) shape: Shape,
 }
 
-/// What husk does with a field.
+/// What husk does with a field. The notes are for the reference (`docs.rs`, a test).
 #[derive(Debug)]
+#[cfg_attr(not(test), allow(dead_code))]
 pub(super) enum Support {
     /// It is honoured. With what is to be said about how.
     Yes(&'static str),
@@ -153,10 +154,13 @@ fn check_field(field: &'static Field, entry: &Entry, path: String, problems: &mu
                 Value::Int(value) => value.to_string(),
                 other => other.describe(),
             };
-            refuse(node.place, ProblemKind::ValueNotSupported {
-                value,
-                reason: format!("only {} is supported: {why}", or_list(values)),
-            });
+            refuse(
+                node.place,
+                ProblemKind::ValueNotSupported {
+                    value,
+                    reason: format!("only {} is supported: {why}", or_list(values)),
+                },
+            );
         }
         Support::Yes(_) => match (&field.shape, &node.value) {
             (Shape::Object(fields), _) => check(node, &path, fields, problems),

@@ -42,11 +42,7 @@ impl PodSecurity {
 }
 
 /// A container's security context, on top of the pod's.
-pub(super) fn read(
-    view: &View<'_>,
-    pod: &PodSecurity,
-    problems: &mut Problems,
-) -> SecurityContext {
+pub(super) fn read(view: &View<'_>, pod: &PodSecurity, problems: &mut Problems) -> SecurityContext {
     let fine = view.is_object(problems);
     if !fine {
         return SecurityContext::default();
@@ -78,10 +74,7 @@ pub(super) fn read(
         capabilities,
         proc_mount: view
             .get("procMount")
-            .one_of(
-                &[("Default", ProcMount::Default), ("Unmasked", ProcMount::Unmasked)],
-                problems,
-            )
+            .one_of(&[("Default", ProcMount::Default), ("Unmasked", ProcMount::Unmasked)], problems)
             .unwrap_or_default(),
     }
 }

@@ -34,9 +34,9 @@ impl<'n> View<'n> {
     /// Whether the object has fields beside these that are not null or empty.
     pub(super) fn has_other_fields(&self, names: &[&str]) -> bool {
         match self.node.map(|node| &node.value) {
-            Some(Value::Map(entries)) => entries.iter().any(|entry| {
-                !names.contains(&entry.key.as_str()) && !entry.node.value.is_empty()
-            }),
+            Some(Value::Map(entries)) => entries
+                .iter()
+                .any(|entry| !names.contains(&entry.key.as_str()) && !entry.node.value.is_empty()),
             _ => false,
         }
     }

@@ -8,7 +8,7 @@ use oci_spec::image::Config;
 use super::StartContext;
 use super::expansion::{TooLong, expand};
 use crate::types::{
-    ContainerSpec, EnvValue, FieldRef, PodSpec, Resources, ResourceField, ResourceFieldRef,
+    ContainerSpec, EnvValue, FieldRef, PodSpec, ResourceField, ResourceFieldRef, Resources,
 };
 
 /// Longest argument or `NAME=VALUE`, in bytes: Linux' `MAX_ARG_STRLEN`, which counts a NUL byte.

@@ -33,8 +33,7 @@ pub(super) fn resources(container: &ContainerSpec) -> Result<LinuxResources, Oci
         .allow(container.security.privileged)
         .access("rwm")
         .build()?;
-    let mut builder =
-        LinuxResourcesBuilder::default().devices(vec![devices]).cpu(cpu.build()?);
+    let mut builder = LinuxResourcesBuilder::default().devices(vec![devices]).cpu(cpu.build()?);
     if let Some(bytes) = limits.memory {
         let limit = i64::try_from(bytes).unwrap_or(i64::MAX);
         builder = builder.memory(LinuxMemoryBuilder::default().limit(limit).build()?);
@@ -77,9 +76,13 @@ mod tests {
 
     #[test]
     fn cpu_requests_become_shares() {
-        for (millis, expected) in
-            [(None, 2), (Some(1), 2), (Some(100), 102), (Some(1000), 1024), (Some(u64::MAX), 262_144)]
-        {
+        for (millis, expected) in [
+            (None, 2),
+            (Some(1), 2),
+            (Some(100), 102),
+            (Some(1000), 1024),
+            (Some(u64::MAX), 262_144),
+        ] {
             assert_eq!(shares(&Amounts { cpu_millis: millis, memory: None }), expected);
         }
     }

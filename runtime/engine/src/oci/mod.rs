@@ -88,7 +88,7 @@ pub fn container_spec(
 ) -> Result<Spec, SpecError> {
     let image = image.config().clone().unwrap_or_default();
     let root = format!("{}/{}/rootfs", guest::CONTAINERS, context.container_id);
-    Ok(SpecBuilder::default()
+    let mut spec = SpecBuilder::default()
         .version(OCI_VERSION)
         .root(
             RootBuilder::default()
@@ -99,7 +99,11 @@ pub fn container_spec(
         .process(process(pod, container, &image, context)?)
         .mounts(mounts::mounts(container)?)
         .linux(linux(container)?)
-        .build()?)
+        .build()?;
+    // The builder sets a host name, but the pod's is set once for all of its containers.
+    spec.set_hostname(None);
+    spec.set_annotations(None);
+    Ok(spec)
 }
 
 fn process(

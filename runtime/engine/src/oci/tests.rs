@@ -9,8 +9,10 @@ use serde_json::{Value, json};
 use super::*;
 use crate::manifest;
 
-const POD_IPS: &[IpAddr] =
-    &[IpAddr::V4(Ipv4Addr::new(10, 0, 0, 5)), IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 5))];
+const POD_IPS: &[IpAddr] = &[
+    IpAddr::V4(Ipv4Addr::new(10, 0, 0, 5)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 5)),
+];
 
 const CONTEXT: StartContext<'static> = StartContext {
     container_id: "main-0",
@@ -24,7 +26,7 @@ const CONTEXT: StartContext<'static> = StartContext {
 fn pod(spec: &str) -> PodSpec {
     let text = format!(
         "apiVersion: v1\nkind: Pod\nmetadata: {{name: web, labels: {{app: shop}}, \
-         annotations: {{note: n}}}}\nspec: {spec}"
+         annotations: {{note: remark}}}}\nspec: {spec}"
     );
     let mut pods = manifest::parse(&text, "test").unwrap_or_else(|error| panic!("{error}\n{text}"));
     pods.remove(0)
@@ -73,9 +75,20 @@ fn a_plain_container_gets_what_containerd_gives() {
     let mut got = spec(&main_with(""), &busybox());
     let capabilities = got["process"]["capabilities"].take();
     let default = [
-        "CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL",
-        "CAP_MKNOD", "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID",
-        "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
+        "CAP_AUDIT_WRITE",
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FOWNER",
+        "CAP_FSETID",
+        "CAP_KILL",
+        "CAP_MKNOD",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_NET_RAW",
+        "CAP_SETFCAP",
+        "CAP_SETGID",
+        "CAP_SETPCAP",
+        "CAP_SETUID",
+        "CAP_SYS_CHROOT",
     ];
     for name in ["bounding", "effective", "permitted"] {
         assert_eq!(set(&capabilities[name]), default, "{name}");
@@ -159,7 +172,10 @@ fn command_and_arguments_replace_those_of_the_image() {
         ("args: [a]", json!(["/entry", "e", "a"])),
         ("command: [/cmd]", json!(["/cmd"])),
         ("command: [/cmd], args: [a, b]", json!(["/cmd", "a", "b"])),
-        ("env: [{name: A, value: x}], command: ['$(A)', '$$(A)', '$(PATH)']", json!(["x", "$(A)", "$(PATH)"])),
+        (
+            "env: [{name: A, value: x}], command: ['$(A)', '$$(A)', '$(PATH)']",
+            json!(["x", "$(A)", "$(PATH)"]),
+        ),
     ] {
         assert_eq!(spec(&main_with(fields), &both())["process"]["args"], expected, "{fields}");
     }
@@ -171,11 +187,10 @@ fn command_and_arguments_replace_those_of_the_image() {
 
 #[test]
 fn the_environment_is_merged_and_expanded_in_order() {
-    let image = image(
-        ConfigBuilder::default()
-            .cmd(vec!["x".to_owned()])
-            .env(["PATH=/img", "LANG=C", "A=image", "novalue", "EQ=a=b"].map(String::from).to_vec()),
-    );
+    let image =
+        image(ConfigBuilder::default().cmd(vec!["x".to_owned()]).env(
+            ["PATH=/img", "LANG=C", "A=image", "novalue", "EQ=a=b"].map(String::from).to_vec(),
+        ));
     let pod = main_with(
         "tty: true, env: [{name: A, value: '1'}, {name: B, value: '$(A)$(LATER)$(LANG)'}, \
          {name: A, value: '$(A)2'}, {name: LATER, value: '$(B)'}, {name: HOSTNAME, value: h}, \
@@ -184,8 +199,15 @@ fn the_environment_is_merged_and_expanded_in_order() {
     assert_eq!(
         spec(&pod, &image)["process"]["env"],
         json!([
-            "PATH=/img", "TERM=xterm", "HOSTNAME=h", "LANG=C", "A=12", "EQ=a=b",
-            "B=1$(LATER)$(LANG)", "LATER=1$(LATER)$(LANG)", "SELF=$(SELF)",
+            "PATH=/img",
+            "TERM=xterm",
+            "HOSTNAME=h",
+            "LANG=C",
+            "A=12",
+            "EQ=a=b",
+            "B=1$(LATER)$(LANG)",
+            "LATER=1$(LATER)$(LANG)",
+            "SELF=$(SELF)",
         ])
     );
 }
@@ -229,29 +251,32 @@ fn fields_and_resources_are_resolved_at_the_start() {
     let got = spec(&pod, &busybox());
     let got: Vec<_> =
         got["process"]["env"].as_array().unwrap().iter().map(|e| e.as_str().unwrap()).collect();
-    assert_eq!(got[2..], [
-        "NAME=web",
-        "NAMESPACE=default",
-        "UID=made-up",
-        "APP=shop",
-        "NONE=",
-        "NOTE=n",
-        "NODE=host1",
-        "SA=default",
-        "IP=10.0.0.5",
-        "IPS=10.0.0.5,fd00::5",
-        "HOST=192.0.2.1",
-        "HOSTS=192.0.2.1",
-        "URL=http://10.0.0.5/",
-        "CPU=2",
-        "MILLIS=1500",
-        "MIB=100",
-        "MB=105",
-        "REQUEST=1500",
-        "FREE_CPU=2",
-        "FREE_MEMORY=536870912",
-        "FREE_REQUEST=0",
-    ]);
+    assert_eq!(
+        got[2..],
+        [
+            "NAME=web",
+            "NAMESPACE=default",
+            "UID=made-up",
+            "APP=shop",
+            "NONE=",
+            "NOTE=remark",
+            "NODE=host1",
+            "SA=default",
+            "IP=10.0.0.5",
+            "IPS=10.0.0.5,fd00::5",
+            "HOST=192.0.2.1",
+            "HOSTS=192.0.2.1",
+            "URL=http://10.0.0.5/",
+            "CPU=2",
+            "MILLIS=1500",
+            "MIB=100",
+            "MB=105",
+            "REQUEST=1500",
+            "FREE_CPU=2",
+            "FREE_MEMORY=536870912",
+            "FREE_REQUEST=0",
+        ]
+    );
     let nowhere = StartContext { pod_ips: &[], ..CONTEXT };
     let error =
         container_spec(&pod, pod.container("main").unwrap(), &busybox(), &nowhere).unwrap_err();
@@ -267,7 +292,10 @@ fn variables_that_double_each_other_are_bounded() {
     let doubling: Vec<_> = (0..40).map(double).collect();
     let pod = main_with(&format!("env: [{{name: A0, value: xx}}, {}]", doubling.join(", ")));
     let error = spec_of(&pod, &busybox()).unwrap_err();
-    assert!(matches!(error, SpecError::Env(EnvError::TooLong { ref name }) if name == "A16"), "{error:?}");
+    assert!(
+        matches!(error, SpecError::Env(EnvError::TooLong { ref name }) if name == "A16"),
+        "{error:?}"
+    );
 
     let many = (0..100).map(|i| format!("{{name: B{i}, value: '$(A)'}}")).collect::<Vec<_>>();
     let long = "x".repeat(100_000);
@@ -351,10 +379,8 @@ fn root_is_refused_where_it_may_not_be() {
 
 #[test]
 fn groups_of_the_pod_are_added_once() {
-    let pod = pod(
-        "{containers: [{name: main, image: i}], \
-         securityContext: {fsGroup: 20, supplementalGroups: [30, 20, 30]}}",
-    );
+    let pod = pod("{containers: [{name: main, image: i}], \
+         securityContext: {fsGroup: 20, supplementalGroups: [30, 20, 30]}}");
     assert_eq!(spec(&pod, &busybox())["process"]["user"]["additionalGids"], json!([30, 20]));
 }
 
@@ -386,10 +412,13 @@ fn a_restricted_container_has_nothing_and_a_privileged_one_everything() {
         privileged["linux"]["resources"]["devices"],
         json!([{"allow": true, "access": "rwm"}])
     );
-    assert_eq!(privileged["linux"]["devices"][0], json!({
-        "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o666,
-        "uid": 0, "gid": 0,
-    }));
+    assert_eq!(
+        privileged["linux"]["devices"][0],
+        json!({
+            "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o666,
+            "uid": 0, "gid": 0,
+        })
+    );
     for destination in ["/sys", "/sys/fs/cgroup"] {
         assert!(options_of(&privileged, destination).ends_with(r#""rw"]"#), "{destination}");
     }
@@ -401,12 +430,10 @@ fn a_restricted_container_has_nothing_and_a_privileged_one_everything() {
 
 #[test]
 fn volumes_are_bound_where_they_belong_and_parents_come_first() {
-    let pod = pod(
-        "{volumes: [{name: a, emptyDir: {}}, {name: b, emptyDir: {}}], \
+    let pod = pod("{volumes: [{name: a, emptyDir: {}}, {name: b, emptyDir: {}}], \
          containers: [{name: main, image: i, volumeMounts: [{name: a, mountPath: /x/y}, \
          {name: b, mountPath: /x, readOnly: true}, {name: a, mountPath: /dev/shm}, \
-         {name: b, mountPath: /etc}, {name: a, mountPath: /etc/hosts}]}]}",
-    );
+         {name: b, mountPath: /etc}, {name: a, mountPath: /etc/hosts}]}]}");
     let got = spec(&pod, &busybox());
     let got: Vec<_> = got["mounts"]
         .as_array()
@@ -454,10 +481,8 @@ fn the_oom_score_follows_from_the_quality_of_service() {
     assert_eq!(adj(&main_with("resources: {limits: {cpu: 1}}")), 999);
     assert_eq!(adj(&main_with("resources: {requests: {memory: 128Mi}}")), 750);
     assert_eq!(adj(&main_with("resources: {limits: {memory: 128Mi}}")), 3);
-    let sidecar = pod(
-        "{initContainers: [{name: main, image: i, restartPolicy: Always}], \
+    let sidecar = pod("{initContainers: [{name: main, image: i, restartPolicy: Always}], \
          containers: [{name: a, image: i, resources: {requests: {memory: 256Mi}}}, \
-         {name: b, image: i, resources: {requests: {memory: 128Mi}}}]}",
-    );
+         {name: b, image: i, resources: {requests: {memory: 128Mi}}}]}");
     assert_eq!(adj(&sidecar), 750);
 }
