@@ -1,9 +1,13 @@
 //! The pod's shared world, made once.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use husk_proto::agent::SetupPodRequest;
+use husk_proto::guest;
 use rustix::time::{ClockId, Timespec};
 
 use crate::host::Host;
@@ -82,11 +86,44 @@ pub(crate) async fn set_up(host: &Host, request: &SetupPodRequest) -> Result<Pod
         storage::make_volume(volume)?;
     }
     storage::make_shm(*shm_size)?;
+    write_files(hostname)
+        .map_err(|source| PodError::Io { what: "write the pod's files", source })?;
     sysctl::apply(sysctls)?;
     Ok(PodInfo {
         hostname: hostname.clone(),
         filesystems: filesystems.iter().map(|f| (f.name.clone(), f.read_only)).collect(),
     })
+}
+
+/// The text of /etc/hosts of every container: what the kubelet writes, and the pod's own name. It
+/// resolves to the loopback address as long as the pod has no other.
+fn hosts(hostname: &str) -> String {
+    format!(
+        "127.0.0.1\tlocalhost\n\
+         ::1\tlocalhost ip6-localhost ip6-loopback\n\
+         fe00::\tip6-localnet\n\
+         fe00::1\tip6-allnodes\n\
+         fe00::2\tip6-allrouters\n\
+         127.0.0.1\t{hostname}\n"
+    )
+}
+
+/// Writes the files of the pod that containers bind over their own.
+fn write_files(hostname: &str) -> io::Result<()> {
+    let directory = Path::new(guest::ETC);
+    fs::create_dir_all(directory)?;
+    let files = [
+        ("hostname", format!("{hostname}\n")),
+        ("hosts", hosts(hostname)),
+        // No name server: the C libraries then ask the loopback address, where none answers.
+        ("resolv.conf", String::new()),
+    ];
+    for (name, text) in files {
+        let path = directory.join(name);
+        fs::write(&path, text)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
+    }
+    Ok(())
 }
 
 /// Sets the guest's clock to ns since the epoch.
@@ -103,6 +140,14 @@ mod tests {
 
     fn request(hostname: &str) -> SetupPodRequest {
         SetupPodRequest { hostname: hostname.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn the_pods_own_name_and_localhost_resolve() {
+        let text = hosts("web-0");
+        assert!(
+            text.contains("\n127.0.0.1\tweb-0\n") && text.starts_with("127.0.0.1\tlocalhost\n")
+        );
     }
 
     #[test]

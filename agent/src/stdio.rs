@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_proto::agent::Stdio;
-use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncWriteExt, Interest};
@@ -55,8 +55,7 @@ pub(crate) enum Ends {
 }
 
 /// Connects the streams that `ports` names. Returns the agent's ends, and what the process is to
-/// have as its standard input, output and error, which belong to its user so that it can open
-/// them again by /dev/stdout and the like.
+/// have as its standard input, output and error.
 ///
 /// # Errors
 /// [`StdioError`]; then nothing is left open.
@@ -64,7 +63,6 @@ pub(crate) async fn open(
     transport: &Transport,
     ports: &Stdio,
     terminal: bool,
-    (uid, gid): (u32, u32),
 ) -> Result<(Ends, [OwnedFd; 3]), StdioError> {
     let connect = async |port: u32| match port {
         0 => Ok(None),
@@ -81,13 +79,7 @@ pub(crate) async fn open(
     }
     let error = connect(ports.stderr_port).await?;
 
-    let make_pipe = || -> Result<(OwnedFd, OwnedFd), StdioError> {
-        let (read, write) =
-            rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(failed("make a pipe"))?;
-        rustix::fs::fchown(&read, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
-            .map_err(failed("give a pipe to the user"))?;
-        Ok((read, write))
-    };
+    let make_pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(failed("make a pipe"));
     let mut outputs = Vec::new();
     let (input, child_input) = match input {
         None => (None, null()?),

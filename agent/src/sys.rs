@@ -2,6 +2,8 @@
 //!
 //! The only module of the agent that may contain `unsafe`.
 #![allow(unsafe_code)]
+// Sizes of structures and constants of the C library, in the widths that its calls want.
+#![allow(clippy::cast_possible_truncation)]
 
 use std::ffi::CString;
 use std::io;

@@ -114,6 +114,35 @@ async fn the_process_is_what_the_specification_says() {
 }
 
 #[tokio::test]
+async fn a_user_is_found_by_name_and_can_open_its_streams_again() {
+    let guest = Guest::boot().await;
+    let mut spec = base_spec(&["sh", "-c", "id -u; id -g; id -G; echo again > /dev/stdout"]);
+    spec["process"]["user"] =
+        json!({"uid": 0, "gid": 0, "username": "w:extra", "additionalGids": [7]});
+    let run = guest.run_with("a", spec.clone(), Options::default()).await;
+    assert_eq!(run.stdout, "33\n44\n44 7\nagain\n", "{}", run.stderr);
+    spec["process"]["user"]["username"] = json!("nobody");
+    let error = guest.try_create("b", spec, Options::default()).await.unwrap_err();
+    assert!(error.message().contains("unable to find user nobody"), "{error}");
+    assert!(guest.nothing_left("b"));
+}
+
+#[tokio::test]
+async fn the_files_of_the_pod_can_be_bound() {
+    let guest = Guest::boot().await;
+    let mut spec = base_spec(&["cat", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf"]);
+    for file in ["hostname", "hosts", "resolv.conf"] {
+        spec["mounts"].as_array_mut().unwrap().push(json!({
+            "destination": format!("/etc/{file}"), "type": "bind",
+            "source": format!("/run/husk/etc/{file}"), "options": ["rbind", "rprivate", "ro"],
+        }));
+    }
+    let run = guest.run_with("a", spec, Options::default()).await;
+    assert!(run.stdout.starts_with("pod\n127.0.0.1\tlocalhost\n"), "{}", run.stderr);
+    assert!(run.stdout.ends_with("127.0.0.1\tpod\n"), "{}", run.stdout);
+}
+
+#[tokio::test]
 async fn the_container_sees_its_own_world_only() {
     let guest = Guest::boot().await;
     let script = "ls /; ls /proc | grep -c '^[0-9]'; ls /dev | tr '\\n' ' '; \
@@ -302,7 +331,7 @@ async fn a_descendant_that_holds_the_output_delays_the_exit_by_a_bound() {
 async fn a_reader_that_stops_grows_nothing_in_the_agent() {
     let guest = Guest::boot().await;
     let spec = base_spec(&["sh", "-c", "dd if=/dev/zero bs=65536 count=4096 2>/dev/null"]);
-    let streams = guest.start("a", spec, Options { hold: true, ..Options::default() }).await;
+    let streams = guest.start("a", spec, Options::default()).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let before = guest.stats().await.agent_rss;
     assert!(before > 0 && before < 32 << 20, "{before}");

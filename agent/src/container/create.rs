@@ -43,10 +43,9 @@ impl Runner {
         let rootfs = rootfs.unwrap_or_default();
         check_layers(pod, &rootfs.lower, &rootfs.upper_on)?;
 
-        let user = (plan.process.uid, plan.process.gid);
         let terminal = plan.process.terminal.is_some();
         let ports = stdio.unwrap_or_default();
-        let (ends, child_stdio) = stdio::open(&self.transport, &ports, terminal, user).await?;
+        let (ends, child_stdio) = stdio::open(&self.transport, &ports, terminal).await?;
 
         let layer = storage::mount_point(&rootfs.upper_on).join("containers").join(&id);
         let directory = Path::new(guest::CONTAINERS).join(&id);

@@ -83,9 +83,8 @@ impl Runner {
         ports: husk_proto::agent::Stdio,
     ) -> Result<Result<u32, StartFailure>, ContainerError> {
         let plan = &target.plan;
-        let user = (plan.uid, plan.gid);
         let (ends, child_stdio) =
-            stdio::open(&self.transport, &ports, plan.terminal.is_some(), user).await?;
+            stdio::open(&self.transport, &ports, plan.terminal.is_some()).await?;
         let Spawned { mut process, mut gate, reaped } = self.clone_exec(target, child_stdio)?;
         process.oom_kills_before = target.remains.cgroup.oom_kills();
         {

@@ -27,6 +27,7 @@ use super::process::{ProcessPlan, StepError, c_strings, step};
 use super::report::Report;
 use super::rootfs::{self, Overlay};
 use super::spec::NamespaceKind;
+use super::user::Identity;
 use crate::sys;
 
 /// The descriptors of a new process.
@@ -153,23 +154,38 @@ fn prepare(job: &Job<'_>, pipes: &Pipes) -> Result<(Program, Option<OwnedFd>), T
         }
         Job::Exec { pidfd, .. } => join(*pidfd)?,
     }
+    let identity = process.identity()?;
     let terminal = match process.terminal {
-        Some(size) => Some(make_terminal(process.uid, size, matches!(job, Job::Container { .. }))?),
+        Some(size) => {
+            Some(make_terminal(identity.uid, size, matches!(job, Job::Container { .. }))?)
+        }
         None => {
             for (number, fd) in (0..).zip(&pipes.stdio) {
+                give_pipe(fd, &identity).map_err(step("give a stream to the user"))?;
                 sys::install_fd(fd.as_fd(), number).map_err(step("install the streams"))?;
             }
             None
         }
     };
-    let env = process.environment();
+    let env = process.environment(identity.uid);
     process.apply_rlimits()?;
-    process.apply_identity()?;
+    process.apply_identity(&identity)?;
     let name = process.args.first().map(String::as_str).unwrap_or_default();
     let path = lookup::find(name, &env)?;
     let program = Program { path, args: c_strings(&process.args)?, env: c_strings(&env)? };
     sys::close_on_exec_from_3().map_err(step("mark descriptors close-on-exec"))?;
     Ok((program, terminal))
+}
+
+/// Makes a pipe the user's, so that the program can open it again by /dev/stdout and the like.
+/// /dev/null stays everybody's.
+fn give_pipe(fd: &OwnedFd, identity: &Identity) -> rustix::io::Result<()> {
+    if FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) != FileType::Fifo {
+        return Ok(());
+    }
+    let (uid, gid) =
+        (rustix::fs::Uid::from_raw(identity.uid), rustix::fs::Gid::from_raw(identity.gid));
+    rustix::fs::fchown(fd, Some(uid), Some(gid))
 }
 
 /// Enters the namespaces of a new container that the clone did not make, and prepares all.

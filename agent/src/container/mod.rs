@@ -18,6 +18,7 @@ pub(crate) mod rootfs;
 mod spawn;
 pub(crate) mod spec;
 mod state;
+mod user;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

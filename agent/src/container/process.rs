@@ -9,6 +9,7 @@ use rustix::thread::{self, CapabilitySet, CapabilitySets};
 
 use super::caps::{self, CapSets};
 use super::spec::{self, Capabilities, Process, SpecError};
+use super::user::{self, Identity};
 
 /// A process, understood.
 #[derive(Debug, Clone)]
@@ -16,9 +17,11 @@ pub(crate) struct ProcessPlan {
     pub(crate) args: Vec<String>,
     pub(crate) env: Vec<String>,
     pub(crate) cwd: String,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
+    uid: u32,
+    gid: u32,
     groups: Vec<u32>,
+    /// `USER[:GROUP]`, which wins over `uid` and `gid` and adds to `groups`.
+    username: Option<String>,
     umask: u32,
     capabilities: CapSets,
     rlimits: Vec<(Resource, Rlimit)>,
@@ -74,19 +77,19 @@ impl ProcessPlan {
     /// # Errors
     /// [`SpecError::Invalid`] naming the field.
     pub(crate) fn new(process: &Process, prefix: &str) -> Result<Self, SpecError> {
-        let user = &process.user;
+        let given = &process.user;
         // The kernel takes this number for "do not change".
-        for (name, id) in [("uid", user.uid), ("gid", user.gid)]
+        for (name, id) in [("uid", given.uid), ("gid", given.gid)]
             .into_iter()
-            .chain(user.additional_gids.iter().map(|gid| ("additionalGids", *gid)))
+            .chain(given.additional_gids.iter().map(|gid| ("additionalGids", *gid)))
         {
             if id == u32::MAX {
                 let field = format!("{prefix}user.{name}");
                 return Err(SpecError::invalid(field, id.to_string(), "must be below 2^32 - 1"));
             }
         }
-        if user.additional_gids.len() > MAX_GROUPS {
-            let count = user.additional_gids.len().to_string();
+        if given.additional_gids.len() > MAX_GROUPS {
+            let count = given.additional_gids.len().to_string();
             let field = format!("{prefix}user.additionalGids");
             return Err(SpecError::invalid(field, count, "must be at most 65536 groups"));
         }
@@ -100,10 +103,11 @@ impl ProcessPlan {
             args: process.args.clone(),
             env: process.env.clone(),
             cwd: process.cwd.clone(),
-            uid: user.uid,
-            gid: user.gid,
-            groups: user.additional_gids.clone(),
-            umask: user.umask.unwrap_or(DEFAULT_UMASK),
+            uid: given.uid,
+            gid: given.gid,
+            groups: given.additional_gids.clone(),
+            username: given.username.clone().filter(|name| !name.is_empty()),
+            umask: given.umask.unwrap_or(DEFAULT_UMASK),
             capabilities: caps::sets(process.capabilities.as_ref().unwrap_or(&none), prefix)?,
             rlimits: rlimits(process.rlimits.as_deref().unwrap_or_default(), prefix)?,
             no_new_privileges: process.no_new_privileges.unwrap_or(false),
@@ -124,20 +128,34 @@ impl ProcessPlan {
     /// Sets the resource limits, which the process may not raise itself later.
     pub(crate) fn apply_rlimits(&self) -> Result<(), StepError> {
         for (resource, limit) in &self.rlimits {
-            rustix::process::setrlimit(*resource, limit.clone())
+            rustix::process::setrlimit(*resource, *limit)
                 .map_err(step(format!("rlimits: {resource:?}")))?;
         }
         Ok(())
     }
 
+    /// As whom the process runs. To be called inside the container, whose files say who a name is.
+    pub(crate) fn identity(&self) -> Result<Identity, StepError> {
+        let Some(username) = &self.username else {
+            return Ok(Identity { uid: self.uid, gid: self.gid, groups: self.groups.clone() });
+        };
+        // A container without the files has nobody in them.
+        let passwd = read_capped("/etc/passwd").unwrap_or_default();
+        let group = read_capped("/etc/group").unwrap_or_default();
+        let mut identity = user::resolve(username, &passwd, &group)
+            .map_err(|e| step("process.user.username")(io::Error::other(e)))?;
+        identity.groups.extend(&self.groups);
+        Ok(identity)
+    }
+
     /// Goes to the working directory, and becomes the user with its groups and capabilities.
     /// The last thing before the program.
-    pub(crate) fn apply_identity(&self) -> Result<(), StepError> {
+    pub(crate) fn apply_identity(&self, identity: &Identity) -> Result<(), StepError> {
         rustix::process::umask(Mode::from_raw_mode(self.umask & 0o777));
         // As runc: first with all rights; then again as the user, who may be the only one to enter
         // (a FUSE file system, for instance).
         let entered = rustix::process::chdir(self.cwd.as_str());
-        self.become_user()?;
+        self.become_user(identity)?;
         if let Err(first) = entered {
             let retry = match first {
                 rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
@@ -155,16 +173,16 @@ impl ProcessPlan {
 
     /// The order matters: the bounding set needs CAP_SETPCAP, the groups need CAP_SETGID, and the
     /// permitted set survives the change of user only by KEEPCAPS.
-    fn become_user(&self) -> Result<(), StepError> {
+    fn become_user(&self, identity: &Identity) -> Result<(), StepError> {
         let wanted = &self.capabilities;
         for capability in caps::every().filter(|c| !wanted.bounding.contains(*c)) {
             thread::remove_capability_from_bounding_set(capability)
                 .map_err(step("capabilities.bounding"))?;
         }
         thread::set_keep_capabilities(true).map_err(step("keep capabilities"))?;
-        let groups: Vec<Gid> = self.groups.iter().map(|g| Gid::from_raw(*g)).collect();
+        let groups: Vec<Gid> = identity.groups.iter().map(|g| Gid::from_raw(*g)).collect();
         thread::set_thread_groups(&groups).map_err(step("user.additionalGids"))?;
-        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
+        let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
         thread::set_thread_res_gid(gid, gid, gid).map_err(step("user.gid"))?;
         thread::set_thread_res_uid(uid, uid, uid).map_err(step("user.uid"))?;
         thread::set_keep_capabilities(false).map_err(step("keep capabilities"))?;
@@ -185,14 +203,14 @@ impl ProcessPlan {
 
     /// The environment, with HOME added from the container's /etc/passwd if it has none, as runc
     /// does. To be called inside the container.
-    pub(crate) fn environment(&self) -> Vec<String> {
+    pub(crate) fn environment(&self, uid: u32) -> Vec<String> {
         let mut env = self.env.clone();
         let has_home = env.iter().any(|e| e.strip_prefix("HOME=").is_some_and(|v| !v.is_empty()));
         if !has_home {
             env.retain(|e| !e.starts_with("HOME="));
             // A container without the file, or with a broken one, is no error: the root then.
             let passwd = read_capped("/etc/passwd").unwrap_or_default();
-            env.push(format!("HOME={}", home_of(&passwd, self.uid).unwrap_or("/")));
+            env.push(format!("HOME={}", user::home(&passwd, uid).unwrap_or("/")));
         }
         env
     }
@@ -209,15 +227,6 @@ fn read_capped(path: &str) -> io::Result<String> {
     let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     file.take(MAX_PASSWD_BYTES).read_to_end(&mut text)?;
     Ok(String::from_utf8_lossy(&text).into_owned())
-}
-
-/// The home directory of a user in the text of a passwd file.
-fn home_of(passwd: &str, uid: u32) -> Option<&str> {
-    passwd.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let id = fields.nth(2)?;
-        (id.parse() == Ok(uid)).then(|| fields.nth(2)).flatten().filter(|home| !home.is_empty())
-    })
 }
 
 /// Understands the resource limits.
@@ -293,19 +302,10 @@ mod tests {
     }
 
     #[test]
-    fn the_home_directory_comes_from_the_line_of_the_user() {
-        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:33:33::/var/www:\nx:x:7:7:::\n";
-        assert_eq!(home_of(passwd, 0), Some("/root"));
-        assert_eq!(home_of(passwd, 33), Some("/var/www"));
-        assert_eq!(home_of(passwd, 7), None);
-        assert_eq!(home_of(passwd, 1), None);
-    }
-
-    #[test]
     fn a_given_home_is_kept_and_an_empty_one_replaced() {
         let given = plan(json!({"env": ["HOME=/h"]})).unwrap();
-        assert_eq!(given.environment(), ["HOME=/h"]);
+        assert_eq!(given.environment(0), ["HOME=/h"]);
         let empty = plan(json!({"env": ["A=1", "HOME="], "user": {"uid": 0, "gid": 0}})).unwrap();
-        assert_eq!(empty.environment(), ["A=1", "HOME=/root"]);
+        assert_eq!(empty.environment(0), ["A=1", "HOME=/root"]);
     }
 }

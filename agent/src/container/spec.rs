@@ -102,6 +102,8 @@ pub(crate) struct User {
     pub(crate) umask: Option<u32>,
     #[serde(default)]
     pub(crate) additional_gids: Vec<u32>,
+    /// Here not of Windows, but of husk: see `CreateContainerRequest.spec`.
+    pub(crate) username: Option<String>,
 }
 
 /// Names of capabilities, e.g. `CAP_KILL`, set by set.

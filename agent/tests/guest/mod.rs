@@ -36,8 +36,6 @@ pub(crate) struct Guest {
 pub(crate) struct Options {
     pub(crate) stdin: Option<Vec<u8>>,
     pub(crate) terminal: bool,
-    /// Streams are connected but not read.
-    pub(crate) hold: bool,
 }
 
 /// A program that has run.
@@ -140,6 +138,7 @@ fn make_layer(base: &Path) {
     }
     fs::write(base.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nw:x:33:33::/var/www:\n")
         .unwrap();
+    fs::write(base.join("etc/group"), "root:x:0:\nw:x:33:\nextra:x:44:w\n").unwrap();
     fs::write(base.join("bin/garbage"), [0x7f, b'E', b'L', b'F', 0, 1, 2, 3]).unwrap();
     fs::set_permissions(base.join("bin/garbage"), fs::Permissions::from_mode(0o755)).unwrap();
     symlink("../../../../etc", base.join("links/up")).unwrap();
