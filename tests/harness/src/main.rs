@@ -9,7 +9,6 @@
 mod guest;
 mod host;
 mod kvm;
-mod paths;
 mod wire;
 
 use std::path::{Path, PathBuf};
@@ -20,10 +19,12 @@ use clap::{Parser, Subcommand};
 use host::client::{self, Input};
 use host::image::{Image, ensure_built};
 use host::instance::{self, BootOptions, Lease, StateDir};
-use host::progress::say;
 use host::push::{GUEST_ROOT, Plan, push_and_say};
 use host::suite::SuiteOptions;
 use host::{qemu, suite, supervisor};
+use husk_harness::cache::paths;
+use husk_harness::debian;
+use husk_harness::progress::say;
 
 /// Builds, boots and drives the virtual machine in which husk is tested.
 #[derive(Debug, Parser)]
@@ -69,7 +70,7 @@ enum Action {
         #[command(flatten)]
         boot: BootOptions,
         /// The tree.
-        #[arg(default_value = "dist")]
+        #[arg(default_value = "target/husk")]
         tree: PathBuf,
     },
     /// Run a command in the test host: its output, signals and exit code become this one's.
@@ -166,13 +167,7 @@ impl Place {
 
     fn image(&self) -> Result<Image> {
         let image = ensure_built(&self.cache, &self.checkout, false)?;
-        let status = std::process::Command::new(self.checkout.join("scripts/need-packages"))
-            .arg("qemu-system-x86/backports")
-            .status()
-            .context("running scripts/need-packages")?;
-        if !status.success() {
-            bail!("scripts/need-packages: {status}");
-        }
+        debian::need_packages(&self.checkout, &["qemu-system-x86/backports"])?;
         Ok(image)
     }
 

@@ -1,25 +1,21 @@
 //! The test host's disk image and kernel, made once and kept in the cache.
 
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
-use sha2::{Digest, Sha256};
-
-use super::files::{Lock, remove_tree};
-use super::progress::{Step, say};
+use anyhow::{Context, Result, bail};
+use husk_harness::cache::Key;
+use husk_harness::cache::files::{Lock, mark_used, publish, remove_leftovers, remove_tree};
+use husk_harness::debian;
+use husk_harness::progress::{Step, say};
 
 /// Raised when this file changes what the image contains.
 const RECIPE_VERSION: u32 = 1;
 
-const SUITE: &str = "trixie";
 /// Room for images, cores and benchmarks; sparse, so that only what is written takes space.
 const DISK_SIZE: &str = "24G";
-/// Images older than the newest are kept this long after their last use.
-const KEEP_DAYS: u64 = 14;
 
 const PACKAGES: &str = include_str!("../../testhost/packages");
 
@@ -108,29 +104,23 @@ fn packages() -> Vec<&'static str> {
 /// A hash of everything that the image is made from, except for the versions that the mirror
 /// holds on the day: `build --refresh` takes newer ones.
 pub(crate) fn cache_key() -> String {
-    let mut hash = Sha256::new();
-    let mut add = |part: &[u8]| {
-        // With its length, so that no two lists of parts look alike.
-        hash.update((part.len() as u64).to_le_bytes());
-        hash.update(part);
-    };
-    add(&RECIPE_VERSION.to_le_bytes());
-    add(SUITE.as_bytes());
-    add(std::env::consts::ARCH.as_bytes());
-    add(DISK_SIZE.as_bytes());
+    let mut key = Key::new();
+    key.add(RECIPE_VERSION.to_le_bytes());
+    key.add(debian::SUITE);
+    key.add(std::env::consts::ARCH.as_bytes());
+    key.add(DISK_SIZE.as_bytes());
     for package in packages() {
-        add(package.as_bytes());
+        key.add(package.as_bytes());
     }
     for (path, mode, content) in FILES {
-        add(path.as_bytes());
-        add(&mode.to_le_bytes());
-        add(content.as_bytes());
+        key.add(path.as_bytes());
+        key.add(mode.to_le_bytes());
+        key.add(content.as_bytes());
     }
     for name in MASKED.iter().chain(REMOVED.iter()) {
-        add(name.as_bytes());
+        key.add(name.as_bytes());
     }
-    let digest = hex::encode(hash.finalize());
-    digest.get(..16).unwrap_or(&digest).to_owned()
+    key.finish()
 }
 
 /// The image from the cache; made first if it is not there or `refresh` is set.
@@ -141,90 +131,25 @@ pub(crate) fn ensure_built(cache: &Path, checkout: &Path, refresh: bool) -> Resu
     let base = cache.join("testhost");
     let image = Image { dir: base.join(cache_key()) };
     if image.dir.is_dir() && !refresh {
-        mark_used(&image)?;
+        mark_used(&image.dir)?;
         return Ok(image);
     }
     let _lock = Lock::exclusive(&base.join("lock"), "builds the test host's image")?;
     if image.dir.is_dir() && !refresh {
         return Ok(image);
     }
-    remove_leftovers(&base, &image)?;
+    remove_leftovers(&base, &image.dir)?;
 
     say("building the image of the test host; this happens once and takes about two minutes");
     let work = base.join(format!("{}.tmp", cache_key()));
     fs::create_dir_all(&work).with_context(|| format!("making {}", work.display()))?;
-    install_tools(checkout)?;
-    debootstrap(cache, &work.join("root"))?;
+    debian::need_packages(checkout, &["debootstrap", "debian-archive-keyring", "e2fsprogs"])?;
+    debian::debootstrap(cache, &work.join("root"), &packages())?;
     customise(&work.join("root"))?;
     make_disk(&work)?;
     remove_tree(&work.join("root"))?;
-    publish(&work, &image)?;
+    publish(&work, &image.dir)?;
     Ok(image)
-}
-
-/// The time of the last use decides what is removed.
-fn mark_used(image: &Image) -> Result<()> {
-    let path = image.dir.join("used");
-    fs::write(&path, "").with_context(|| format!("writing {}", path.display()))
-}
-
-/// Removes what a killed build left, and images that were not used for long. The lock is held.
-fn remove_leftovers(base: &Path, current: &Image) -> Result<()> {
-    for entry in fs::read_dir(base).with_context(|| format!("reading {}", base.display()))? {
-        let path = entry.context("reading the cache")?.path();
-        if !path.is_dir() || path == current.dir {
-            continue;
-        }
-        let old = fs::metadata(path.join("used"))
-            .and_then(|used| used.modified())
-            .is_ok_and(|used| used.elapsed().is_ok_and(|age| age.as_secs() > KEEP_DAYS * 86_400));
-        if old || path.extension().is_some_and(|extension| extension == "tmp" || extension == "old")
-        {
-            remove_tree(&path)?;
-        }
-    }
-    Ok(())
-}
-
-fn install_tools(checkout: &Path) -> Result<()> {
-    run(Command::new(checkout.join("scripts/need-packages")).args([
-        "debootstrap",
-        "debian-archive-keyring",
-        "e2fsprogs",
-    ]))
-}
-
-fn debootstrap(cache: &Path, root: &Path) -> Result<()> {
-    ensure!(rustix::process::geteuid().is_root(), "debootstrap needs root: run this once as root");
-    let debs = cache.join("debs");
-    fs::create_dir_all(&debs).with_context(|| format!("making {}", debs.display()))?;
-    let mut command = Command::new("debootstrap");
-    command
-        .arg("--variant=minbase")
-        .arg(format!("--cache-dir={}", debs.display()))
-        .arg(format!("--include={}", packages().join(",")))
-        .arg(SUITE)
-        .arg(root)
-        .arg(mirror()?);
-    run_with_progress("installing Debian packages", &mut command)
-}
-
-/// The Debian mirror that this machine's apt uses.
-fn mirror() -> Result<String> {
-    let output = Command::new("apt-get")
-        .args(["indextargets", "--format", "$(REPO_URI) $(LABEL)", "Identifier: Packages"])
-        .output()
-        .context("running apt-get")?;
-    first_debian_mirror(&String::from_utf8_lossy(&output.stdout))
-        .context("apt has no Debian source from which the mirror could be taken")
-}
-
-fn first_debian_mirror(targets: &str) -> Option<String> {
-    targets
-        .lines()
-        .filter_map(|line| line.split_once(' '))
-        .find(|(_, label)| *label == "Debian")
-        .map(|(uri, _)| uri.to_owned())
 }
 
 fn customise(root: &Path) -> Result<()> {
@@ -279,85 +204,15 @@ fn make_disk(work: &Path) -> Result<()> {
 
     let step = Step::new("writing the disk image");
     // No journal: the image is only ever written through an overlay that is thrown away.
-    run(Command::new("mkfs.ext4")
-        .args(["-q", "-F", "-L", "husk-testhost", "-O", "^has_journal", "-E"])
-        .arg("lazy_itable_init=1")
-        .arg("-d")
-        .arg(&root)
-        .arg(work.join("root.ext4"))
-        .arg(DISK_SIZE))?;
-    step.finish("done");
-    Ok(())
-}
-
-/// Makes the finished directory visible under its final name, only after all of it is on disk.
-fn publish(work: &Path, image: &Image) -> Result<()> {
-    for name in ["root.ext4", "vmlinuz"] {
-        let path = work.join(name);
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o444))
-            .and_then(|()| File::open(&path)?.sync_all())
-            .with_context(|| format!("finishing {}", path.display()))?;
-    }
-    fs::write(work.join("used"), "").context("writing the time of use")?;
-    let sync_dir = |dir: &Path| {
-        File::open(dir)
-            .and_then(|dir| dir.sync_all())
-            .with_context(|| format!("syncing {}", dir.display()))
-    };
-    sync_dir(work)?;
-    if image.dir.exists() {
-        // Test hosts that run keep the old files open.
-        let old = image.dir.with_extension("old");
-        remove_tree(&old)?;
-        fs::rename(&image.dir, &old).context("moving the old image away")?;
-        remove_tree(&old)?;
-    }
-    fs::rename(work, &image.dir).with_context(|| format!("publishing {}", image.dir.display()))?;
-    image.dir.parent().map_or(Ok(()), sync_dir)
-}
-
-/// Runs a command whose output matters only if it fails.
-fn run(command: &mut Command) -> Result<()> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output =
-        command.stdin(Stdio::null()).output().with_context(|| format!("running {name}"))?;
-    if !output.status.success() {
-        bail!(
-            "{name}: {}\n{}{}",
-            output.status,
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        );
-    }
-    Ok(())
-}
-
-/// Runs a command and shows its last line of output while it runs.
-fn run_with_progress(what: &str, command: &mut Command) -> Result<()> {
-    const SHOWN_ON_FAILURE: usize = 20;
-    let name = command.get_program().to_string_lossy().into_owned();
-    let mut step = Step::new(what);
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .with_context(|| format!("running {name}"))?;
-    let output = child.stdout.take().context("no output of the command")?;
-    let mut last = std::collections::VecDeque::new();
-    for line in BufReader::new(output).split(b'\n') {
-        let line = line.with_context(|| format!("reading the output of {name}"))?;
-        let line = String::from_utf8_lossy(&line).into_owned();
-        step.detail(line.trim_start_matches("I: "));
-        if last.len() == SHOWN_ON_FAILURE {
-            last.pop_front();
-        }
-        last.push_back(line);
-    }
-    let status = child.wait().with_context(|| format!("waiting for {name}"))?;
-    if !status.success() {
-        bail!("{name}: {status}\n{}", Vec::from(last).join("\n"));
-    }
+    debian::run(
+        Command::new("mkfs.ext4")
+            .args(["-q", "-F", "-L", "husk-testhost", "-O", "^has_journal", "-E"])
+            .arg("lazy_itable_init=1")
+            .arg("-d")
+            .arg(&root)
+            .arg(work.join("root.ext4"))
+            .arg(DISK_SIZE),
+    )?;
     step.finish("done");
     Ok(())
 }
@@ -382,13 +237,5 @@ mod tests {
     fn the_cache_key_is_stable_and_short() {
         assert_eq!(cache_key(), cache_key());
         assert_eq!(cache_key().len(), 16);
-    }
-
-    #[test]
-    fn the_mirror_is_the_first_of_debian_itself() {
-        let targets = "http://other/ Something\nhttp://mirror/debian/ Debian\nhttp://x/ Debian\n";
-        assert_eq!(first_debian_mirror(targets).as_deref(), Some("http://mirror/debian/"));
-        assert_eq!(first_debian_mirror("http://other/ Something\n"), None);
-        assert_eq!(first_debian_mirror(""), None);
     }
 }

@@ -10,11 +10,11 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
-use super::files::{Lock, remove_tree};
 use super::image::Image;
-use super::progress::{Step, say};
 use super::qemu::{Accelerator, choose};
 use crate::wire::{Kind, Operation, Request, receive, send_json};
+use husk_harness::cache::files::{Lock, remove_tree};
+use husk_harness::progress::{Step, say};
 
 /// The agent answers within this time after QEMU's start, or something is broken. Generous: under
 /// TCG it is 10 to 20 seconds on an idle machine.

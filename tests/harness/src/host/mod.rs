@@ -1,10 +1,8 @@
 //! The half that runs on this machine: builds the image, boots it, drives it.
 
 pub(crate) mod client;
-pub(crate) mod files;
 pub(crate) mod image;
 pub(crate) mod instance;
-pub(crate) mod progress;
 pub(crate) mod push;
 pub(crate) mod qemu;
 pub(crate) mod suite;

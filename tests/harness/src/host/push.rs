@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FallocateFlags, fallocate};
 
-use super::files::Lock;
 use super::instance::Lease;
-use super::progress::say;
 use crate::wire::{Content, Kind, Operation, PushedFile, receive, send_json, transfer_layout};
+use husk_harness::cache::files::Lock;
+use husk_harness::progress::say;
 
 /// Root of everything of the product in the test host.
 pub(crate) const GUEST_ROOT: &str = "/opt/husk";

@@ -9,9 +9,9 @@ use anyhow::{Context, Result, bail};
 
 use super::client::{self, Input};
 use super::instance::Lease;
-use super::progress::say;
 use super::push::{GUEST_ROOT, Plan, push_and_say};
 use crate::wire::{Command, Outcome};
+use husk_harness::progress::say;
 
 /// What is collected of the test host, and how. Each is tried by itself: after a failure any of it
 /// may be broken.
@@ -99,7 +99,7 @@ pub(crate) fn run_in(lease: &Lease, options: &SuiteOptions) -> Result<Report> {
 
 /// Copies the test host's logs and core dumps to a directory here.
 pub(crate) fn collect(lease: &Lease, directory: &Path) -> Result<()> {
-    super::files::remove_tree(directory)?;
+    husk_harness::cache::files::remove_tree(directory)?;
     fs::create_dir_all(directory).with_context(|| format!("making {}", directory.display()))?;
     for log in [lease.state.console_log(), lease.state.qemu_log(), lease.state.supervisor_log()] {
         let name = log.file_name().context("log without a name")?;

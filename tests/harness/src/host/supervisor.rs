@@ -17,10 +17,10 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, getppid, pidfd_open, set_parent_process_death_signal,
 };
 
-use super::files::{Lock, write_atomically};
 use super::instance::{Instance, StateDir};
 use super::qemu::{Accelerator, Machine};
 use crate::wire::{BOOT_MAGIC, TOKEN_LEN, TOKEN_OFFSET, TRANSFER_ALIGN};
+use husk_harness::cache::files::{Lock, write_atomically};
 
 /// Address space of the transfer disk in bytes; sparse.
 const TRANSFER_SIZE: u64 = 16 << 30;

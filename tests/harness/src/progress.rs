@@ -9,7 +9,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
 
 /// One long step. Say [`Step::finish`] at its end; a dropped step only disappears.
-pub(crate) struct Step {
+#[derive(Debug)]
+pub struct Step {
     what: String,
     bar: Option<ProgressBar>,
     started: Instant,
@@ -17,7 +18,8 @@ pub(crate) struct Step {
 }
 
 impl Step {
-    pub(crate) fn new(what: impl Into<String>) -> Self {
+    /// Begins the step and says so.
+    pub fn new(what: impl Into<String>) -> Self {
         let what = what.into();
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new_spinner();
@@ -36,7 +38,7 @@ impl Step {
     }
 
     /// Shows a detail of the running step.
-    pub(crate) fn detail(&mut self, detail: &str) {
+    pub fn detail(&mut self, detail: &str) {
         if let Some(bar) = &self.bar {
             bar.set_message(format!("{}: {detail}", self.what));
         } else if self.last_plain.elapsed() >= PLAIN_INTERVAL {
@@ -46,7 +48,8 @@ impl Step {
         }
     }
 
-    pub(crate) fn finish(self, result: &str) {
+    /// Says that the step is done, how, and how long it took.
+    pub fn finish(self, result: &str) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -64,6 +67,6 @@ impl Drop for Step {
 }
 
 /// A line to the person at the terminal.
-pub(crate) fn say(line: impl std::fmt::Display) {
-    eprintln!("test host: {line}");
+pub fn say(line: impl std::fmt::Display) {
+    eprintln!("husk tests: {line}");
 }

@@ -7,7 +7,10 @@ use sha2::{Digest, Sha256};
 
 /// The cache shared by all checkouts: `$HUSK_CACHE`, else `$XDG_CACHE_HOME/husk`, else
 /// `~/.cache/husk`.
-pub(crate) fn cache_root() -> Result<PathBuf> {
+///
+/// # Errors
+/// When none of them is set, or the path is relative.
+pub fn cache_root() -> Result<PathBuf> {
     cache_root_from(|name| std::env::var_os(name).map(PathBuf::from))
 }
 
@@ -26,7 +29,10 @@ fn cache_root_from(var: impl Fn(&str) -> Option<PathBuf>) -> Result<PathBuf> {
 }
 
 /// The checkout that the current directory is in, else the one that this binary was built from.
-pub(crate) fn checkout() -> Result<PathBuf> {
+///
+/// # Errors
+/// When neither is there.
+pub fn checkout() -> Result<PathBuf> {
     let here = std::env::current_dir().context("finding the current directory")?;
     if let Some(found) = here.ancestors().find(|dir| is_checkout(dir)) {
         return Ok(found.to_owned());
@@ -43,7 +49,8 @@ fn is_checkout(dir: &Path) -> bool {
 }
 
 /// Directory of the state of one test host: two checkouts, or two names, never share a machine.
-pub(crate) fn state_dir(cache: &Path, checkout: &Path, name: &str) -> PathBuf {
+#[must_use]
+pub fn state_dir(cache: &Path, checkout: &Path, name: &str) -> PathBuf {
     use std::os::unix::ffi::OsStrExt;
     let digest = hex::encode(Sha256::digest(checkout.as_os_str().as_bytes()));
     cache.join("hosts").join(format!("{}-{name}", digest.get(..12).unwrap_or(&digest)))
