@@ -61,6 +61,10 @@ pub(crate) struct Global {
     /// The virtual machine monitor [default: husk-vmm beside husk]
     #[arg(long, global = true, env = "HUSK_VMM", value_name = "FILE", help_heading = "Places")]
     pub(crate) vmm: Option<PathBuf>,
+    /// KVM's device; another one is of use to tests only
+    #[arg(long, global = true, env = "HUSK_KVM", value_name = "FILE", hide = true,
+        default_value = husk_engine::vm::kvm::DEVICE)]
+    pub(crate) kvm: PathBuf,
     /// Say more: -v what is done, -vv how, -vvv everything (HUSK_LOG selects by module)
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub(crate) verbose: u8,
@@ -80,6 +84,7 @@ impl Global {
             run_dir: self.run_dir.clone().unwrap_or_else(|| self.default_run_dir()),
             kernel: given(&self.kernel, shared_file(bin, names::KERNEL)),
             initramfs: given(&self.initramfs, shared_file(bin, names::INITRAMFS)),
+            kvm: self.kvm.clone(),
             vmm: given(&self.vmm, bin.join(names::VMM)),
             scratch_bytes: DEFAULT_SCRATCH_BYTES,
         })

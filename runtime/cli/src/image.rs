@@ -1,16 +1,22 @@
 //! `husk image`: what is in the store.
 
+use std::io::{IsTerminal, Read};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use comfy_table::{CellAlignment, Table, presets};
-use husk_image::{ImportOptions, Platform, Store};
+use husk_image::{
+    Credentials, ImportOptions, Imported, Platform, PullError, PullOptions, Store,
+};
 use serde::Serialize;
 
 use crate::args::{Global, ImageArgs, ImageCommand, Output};
 use crate::images::Bars;
+
+/// Longest password that is read, in bytes.
+const MAX_PASSWORD: u64 = 4096;
 
 /// Does what a subcommand of `husk image` says.
 pub(crate) fn run(global: &Global, args: ImageArgs) -> anyhow::Result<ExitCode> {
@@ -19,8 +25,19 @@ pub(crate) fn run(global: &Global, args: ImageArgs) -> anyhow::Result<ExitCode> 
         .with_context(|| format!("cannot use the image store in {}", images.display()))?;
     match args.command {
         ImageCommand::Pull { reference, platform, plain_http, user } => {
-            let _ = (reference, platform, plain_http, user);
-            bail!("pull")
+            let options = PullOptions {
+                platform: platform_of(platform.as_deref())?,
+                credentials: user.as_deref().map(credentials).transpose()?,
+                // Unless asked for, http is spoken to this machine only.
+                plain_http: plain_http.then_some(true),
+                ..PullOptions::default()
+            };
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .context("cannot make an event loop")?;
+            let pulled = runtime.block_on(pull(&store, &reference, options));
+            print_imported(&pulled.with_context(|| format!("cannot pull {reference}"))?);
         }
         ImageCommand::Import { path, name, platform } => {
             import(&store, &path, name.as_deref(), platform.as_deref())?;
@@ -31,8 +48,42 @@ pub(crate) fn run(global: &Global, args: ImageArgs) -> anyhow::Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-pub(crate) async fn pull(_store: &Store, reference: &str) -> anyhow::Result<()> {
-    bail!("cannot pull {reference}")
+/// Pulls an image, with progress on the terminal.
+pub(crate) async fn pull(
+    store: &Store,
+    reference: &str,
+    options: PullOptions,
+) -> Result<Imported, PullError> {
+    let bars = Bars::new();
+    store.pull(reference, &PullOptions { progress: bars, ..options }).await
+}
+
+/// `USER:PASSWORD`, or `USER` with the password on standard input.
+fn credentials(user: &str) -> anyhow::Result<Credentials> {
+    if let Some((username, password)) = user.split_once(':') {
+        let (username, password) = (username.to_owned(), password.to_owned());
+        return Ok(Credentials::Password { username, password });
+    }
+    if std::io::stdin().is_terminal() {
+        // It would be shown as it is typed.
+        anyhow::bail!(
+            "--user {user} has no password: give --user {user}:PASSWORD, or the password on standard \
+             input, e.g. `husk image pull --user {user} IMAGE < password-file`"
+        );
+    }
+    let mut password = String::new();
+    std::io::stdin()
+        .take(MAX_PASSWORD)
+        .read_to_string(&mut password)
+        .context("cannot read the password from standard input")?;
+    let password = password.trim_end_matches(['\r', '\n']).to_owned();
+    Ok(Credentials::Password { username: user.to_owned(), password })
+}
+
+fn print_imported(image: &Imported) {
+    for reference in &image.references {
+        println!("{reference}  {}", image.manifest_digest);
+    }
 }
 
 fn platform_of(text: Option<&str>) -> anyhow::Result<Platform> {
@@ -58,11 +109,7 @@ fn import(
         store.import_docker_archive(path, &options)
     };
     let imported = imported.with_context(|| format!("cannot import {}", path.display()))?;
-    for image in imported {
-        for reference in image.references {
-            println!("{reference}  {}", image.manifest_digest);
-        }
-    }
+    imported.iter().for_each(print_imported);
     Ok(())
 }
 

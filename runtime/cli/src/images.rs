@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use husk_engine::pod::{ImageError, Images, ResolvedImage, Resolving};
 use husk_engine::storage::Layer;
 use husk_engine::types::PullPolicy;
-use husk_image::{Event, Image, Progress, Store, StoreError};
+use husk_image::{Event, Image, Progress, PullOptions, Store, StoreError};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 /// The store as the engine sees it.
@@ -44,7 +44,7 @@ impl Images for StoreImages {
             match here {
                 Some(image) => Ok(resolved(image)),
                 None => {
-                    crate::image::pull(&self.store, reference)
+                    crate::image::pull(&self.store, reference, PullOptions::default())
                         .await
                         .map_err(|source| error("ErrImagePull", source.into()))?;
                     match look_up(&self.store, reference).await {

@@ -14,6 +14,8 @@ pub struct Config {
     pub kernel: PathBuf,
     /// The guest's initial RAM file system, which holds the agent: an uncompressed cpio archive.
     pub initramfs: PathBuf,
+    /// KVM's device: `/dev/kvm` ([`crate::vm::kvm::DEVICE`]), except in tests.
+    pub kvm: PathBuf,
     /// The VMM's executable, `husk-vmm`.
     pub vmm: PathBuf,
     /// Size of each pod's scratch disk in bytes; it is sparse.

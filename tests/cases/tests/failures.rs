@@ -24,14 +24,18 @@ fn read_until(child: &mut Child, words: &str) -> Result<String> {
 
 /// The VMM that `husk` has started.
 fn vmm_of(husk: &Child) -> Result<Pid> {
-    let path = format!("/proc/{0}/task/{0}/children", husk.id());
-    let children = std::fs::read_to_string(path)?;
-    for child in children.split_whitespace() {
-        if std::fs::read_to_string(format!("/proc/{child}/comm"))?.starts_with("husk-vmm") {
-            return Pid::from_raw(child.parse()?).context("PID 0");
+    // A thread of its own is the VMM's parent.
+    let mut all = String::new();
+    for thread in std::fs::read_dir(format!("/proc/{}/task", husk.id()))? {
+        let children = std::fs::read_to_string(thread?.path().join("children"))?;
+        for child in children.split_whitespace() {
+            if std::fs::read_to_string(format!("/proc/{child}/comm"))?.starts_with("husk-vmm") {
+                return Pid::from_raw(child.parse()?).context("PID 0");
+            }
         }
+        all.push_str(&children);
     }
-    anyhow::bail!("husk has no husk-vmm among its children {children:?}")
+    anyhow::bail!("husk has no husk-vmm among its children {all:?}")
 }
 
 fn vmms() -> Result<usize> {

@@ -232,4 +232,5 @@ async fn run_container<R: Runtime>(runtime: &R, index: Index, report: impl Fn(Ev
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
 mod tests;

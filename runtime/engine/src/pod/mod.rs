@@ -138,9 +138,8 @@ impl Stopper {
     /// grace period if `None`). A later call can shorten that; zero kills at once. Does not wait.
     pub fn stop(&self, grace: Option<Duration>) {
         // A pod that is gone has ended; one with a full queue is told already.
-        if let Some(commands) = self.0.upgrade() {
-            drop(commands.try_send(Command::Stop(grace)));
-        }
+        let told = self.0.upgrade().map(|commands| commands.try_send(Command::Stop(grace)));
+        tracing::debug!(?told, "stop");
     }
 }
 

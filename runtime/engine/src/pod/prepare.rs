@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -117,7 +116,7 @@ struct HostFiles {
 }
 
 fn open_host_files(config: &Config, uid: &str) -> Result<HostFiles, PrepareError> {
-    let kvm = kvm::open(Path::new(kvm::DEVICE))?;
+    let kvm = kvm::open(&config.kvm)?;
     let kernel = assets::open_kernel(&config.kernel)?.into();
     let initramfs = assets::open_initramfs(&config.initramfs)?.into();
     let run_dir = RunDir::create(&config.pods_dir(), uid)?;

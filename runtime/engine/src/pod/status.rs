@@ -133,9 +133,9 @@ impl EndReason {
 
 /// A moment by two clocks: what is shown, and what is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Moment {
+pub(super) struct Moment {
     /// Wall-clock time.
-    pub wall: SystemTime,
+    pub(super) wall: SystemTime,
     /// Time since the pod's actor was made; never goes back.
-    pub uptime: Duration,
+    pub(super) uptime: Duration,
 }

@@ -199,6 +199,7 @@ mod tests {
             run_dir: PathBuf::new(),
             kernel: PathBuf::new(),
             initramfs: PathBuf::new(),
+            kvm: PathBuf::new(),
             vmm: PathBuf::new(),
             scratch_bytes: 0,
         }

@@ -286,3 +286,7 @@ impl Layout {
         disks.collect()
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
+mod tests;

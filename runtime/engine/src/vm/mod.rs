@@ -23,6 +23,8 @@ use husk_vmm_api::{
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub use process::{Probe, probe_kvm};
+
 /// How long a VMM that was asked to stop, or that closed its control socket, may take to exit
 /// before it is killed.
 const EXIT_GRACE: Duration = Duration::from_secs(5);
@@ -57,6 +59,14 @@ pub enum VmError {
     /// The control socket could not be watched.
     #[error("cannot watch the control socket of the VMM")]
     Watch(#[source] std::io::Error),
+    /// The VMM did not answer a probe of KVM.
+    #[error("the VMM gave no answer to the probe of KVM ({status}): {text:?}")]
+    Probe {
+        /// How its process ended.
+        status: ExitStatus,
+        /// What it said.
+        text: String,
+    },
     /// The VM has ended.
     #[error("the VM has ended: {0}")]
     Ended(Arc<VmExit>),

@@ -14,8 +14,8 @@ use tokio::sync::oneshot;
 
 use super::{VmError, lock};
 
-/// The descriptor at which the VMM finds its control socket.
-const CONTROL_FD: RawFd = 3;
+/// The descriptor at which the VMM finds its control socket (or what else it is given).
+const GIVEN_FD: RawFd = 3;
 
 /// How much of the VMM's standard error is kept, in bytes: its end.
 const STDERR_TAIL: usize = 16 * 1024;
@@ -91,13 +91,11 @@ fn parent(
 }
 
 fn start(program: &Path, control: OwnedFd) -> std::io::Result<(Child, OwnedFd)> {
-    // Either this takes descriptor 3, or 3 is in use: what `Command` makes for itself cannot then
-    // be at 3, where the child would overwrite it.
-    let control = rustix::io::fcntl_dupfd_cloexec(&control, CONTROL_FD)?;
+    let control = occupy_fd_3(&control)?;
     let mut command = Command::new(program);
     command
         .arg("--control-fd")
-        .arg(CONTROL_FD.to_string())
+        .arg(GIVEN_FD.to_string())
         .env_clear()
         .envs(KEPT_ENV.iter().filter_map(|name| std::env::var_os(name).map(|value| (name, value))))
         .current_dir("/")
@@ -106,7 +104,7 @@ fn start(program: &Path, control: OwnedFd) -> std::io::Result<(Child, OwnedFd)> 
         .stderr(Stdio::piped())
         // Not in the terminal's foreground group: a Ctrl-C is for us, and we decide what it does.
         .process_group(0);
-    prepare_child(&mut command, control.as_raw_fd());
+    give_as_fd_3(&mut command, control.as_raw_fd());
     let mut child = command.spawn()?;
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let pidfd = pid.ok_or(rustix::io::Errno::SRCH).and_then(|pid| {
@@ -123,9 +121,18 @@ fn start(program: &Path, control: OwnedFd) -> std::io::Result<(Child, OwnedFd)> 
     }
 }
 
-/// What the child does between fork and exec: it arranges to die with its parent, and takes its
-/// control socket to the agreed place, and nothing else.
-fn prepare_child(command: &mut Command, control: RawFd) {
+/// A duplicate of a descriptor that is to become a child's descriptor 3.
+///
+/// Either the duplicate is 3 here, or 3 is in use: what `Command` makes for itself cannot then be
+/// at 3, where the child would overwrite it.
+fn occupy_fd_3(fd: &OwnedFd) -> std::io::Result<OwnedFd> {
+    Ok(rustix::io::fcntl_dupfd_cloexec(fd, GIVEN_FD)?)
+}
+
+/// What the child does between fork and exec: it arranges to die with its parent, and takes one
+/// descriptor with it, as 3, and no other but the standard three. `given` comes from
+/// [`occupy_fd_3`] and must be open until the command was spawned.
+fn give_as_fd_3(command: &mut Command, given: RawFd) {
     // SAFETY: getpid cannot fail and has no preconditions.
     let parent = unsafe { libc::getpid() };
     let prepare = move || {
@@ -140,10 +147,10 @@ fn prepare_child(command: &mut Command, control: RawFd) {
             if libc::getppid() != parent {
                 return Err(std::io::Error::from_raw_os_error(libc::ESRCH));
             }
-            let kept = if control == CONTROL_FD {
-                libc::fcntl(CONTROL_FD, libc::F_SETFD, 0)
+            let kept = if given == GIVEN_FD {
+                libc::fcntl(GIVEN_FD, libc::F_SETFD, 0)
             } else {
-                libc::dup2(control, CONTROL_FD)
+                libc::dup2(given, GIVEN_FD)
             };
             if kept < 0 {
                 return Err(std::io::Error::last_os_error());
@@ -157,9 +164,53 @@ fn prepare_child(command: &mut Command, control: RawFd) {
         }
         Ok(())
     };
-    // SAFETY: the closure only does what is allowed between fork and exec, see there. `control`
-    // is open until the spawn is over: `start` owns it.
+    // SAFETY: the closure only does what is allowed between fork and exec, see there. That `given`
+    // is open is the caller's promise; if it were not, dup2 would fail, or pass another file.
     unsafe { command.pre_exec(prepare) };
+}
+
+/// What `husk-vmm --probe-kvm` found.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
+pub struct Probe {
+    /// Whether a guest ran as it should.
+    pub ok: bool,
+    /// What was done, or what failed.
+    pub detail: String,
+}
+
+/// Largest answer of a probe, in bytes.
+const MAX_PROBE: u64 = 64 * 1024;
+
+/// Has the VMM prove that this open `/dev/kvm` runs guests, by running a few instructions in one.
+/// Blocks for that long; the VMM bounds it.
+///
+/// # Errors
+/// [`VmError::NoVmm`], [`VmError::Spawn`], [`VmError::Probe`].
+pub fn probe_kvm(program: &Path, kvm: &OwnedFd) -> Result<Probe, VmError> {
+    let failed = |source: std::io::Error| match source.kind() {
+        std::io::ErrorKind::NotFound => VmError::NoVmm { path: program.to_owned() },
+        _ => VmError::Spawn { path: program.to_owned(), source },
+    };
+    let kvm = occupy_fd_3(kvm).map_err(failed)?;
+    let mut command = Command::new(program);
+    command
+        .arg("--probe-kvm")
+        .arg(GIVEN_FD.to_string())
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    give_as_fd_3(&mut command, kvm.as_raw_fd());
+    let mut child = command.spawn().map_err(failed)?;
+    let mut answer = Vec::new();
+    let read = child.stdout.take().map(|out| out.take(MAX_PROBE).read_to_end(&mut answer));
+    let status = child.wait().map_err(failed)?;
+    let text = String::from_utf8_lossy(&answer).trim().to_owned();
+    match (read, serde_json::from_str(&text)) {
+        (Some(Ok(_)), Ok(probe)) => Ok(probe),
+        _ => Err(VmError::Probe { status, text }),
+    }
 }
 
 /// Reads to the end of the file and keeps the last of it.

@@ -1,0 +1,131 @@
+//! Which disks pods have.
+
+use super::*;
+use crate::types::{Network, PodMetadata, RestartPolicy, VmSize};
+
+fn spec(volumes: &[(Medium, Option<u64>)]) -> PodSpec {
+    let volume = |(index, (medium, size_limit)): (usize, &(Medium, Option<u64>))| VolumeSpec {
+        name: format!("v{index}"),
+        source: VolumeSource::EmptyDir { medium: *medium, size_limit: *size_limit },
+    };
+    PodSpec {
+        metadata: PodMetadata::default(),
+        hostname: "h".into(),
+        restart_policy: RestartPolicy::Never,
+        termination_grace_s: 30,
+        init_containers: Vec::new(),
+        containers: Vec::new(),
+        volumes: volumes.iter().enumerate().map(volume).collect(),
+        vm: VmSize { vcpus: 1, memory_mib: 128 },
+        fs_group: Some(7),
+        supplemental_groups: Vec::new(),
+        sysctls: BTreeMap::new(),
+        service_account: String::new(),
+        network: Network::Loopback,
+    }
+}
+
+/// A layer whose digest ends with this number.
+fn layer(number: usize) -> Layer {
+    Layer {
+        diff_id: format!("sha256:{number:064x}"),
+        file: Arc::new(tempfile::tempfile().unwrap()),
+    }
+}
+
+/// As [`layer`], with the number in the leading digits, which tell layers apart.
+fn distinct(number: usize) -> Layer {
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    Layer { diff_id: format!("sha256:{number:019x}{:045x}", 0), file }
+}
+
+fn containers(layers: Vec<Vec<Layer>>) -> BTreeMap<String, Vec<Layer>> {
+    layers.into_iter().enumerate().map(|(index, layers)| (format!("c{index}"), layers)).collect()
+}
+
+fn serials(layout: &Layout) -> Vec<&str> {
+    layout.disks.iter().map(|(serial, _)| serial.as_str()).collect()
+}
+
+#[test]
+fn layers_are_shared_by_containers_and_kept_in_order() {
+    let (one, two) = (distinct(1), distinct(2));
+    let both = vec![one.clone(), two];
+    let layout = layout(&spec(&[]), &containers(vec![both.clone(), both, vec![one]]), 1 << 30);
+    let layout = layout.unwrap();
+    let (first, second) = ("0000000000000000001", "0000000000000000002");
+    assert_eq!(serials(&layout), ["scratch", first, second]);
+    assert!(serials(&layout).iter().all(|serial| serial.len() <= MAX_SERIAL_LEN));
+    assert_eq!(layout.root("c0").unwrap().lower, [first, second]);
+    assert_eq!(layout.root("c2").unwrap().lower, [first]);
+    assert_eq!(layout.root("c0").unwrap().upper_on, "scratch");
+    assert!(layout.root("c3").is_none());
+    let types: Vec<_> =
+        layout.filesystems.iter().map(|fs| (fs.fstype.as_str(), fs.read_only)).collect();
+    assert_eq!(types, [("ext4", false), ("erofs", true), ("erofs", true)]);
+}
+
+#[test]
+fn a_layer_that_occurs_twice_in_an_image_counts_where_it_is_uppermost() {
+    let (one, two) = (distinct(1), distinct(2));
+    let image = vec![one.clone(), two, one];
+    let layout = layout(&spec(&[]), &containers(vec![image]), 1 << 30).unwrap();
+    let lower = &layout.root("c0").unwrap().lower;
+    assert_eq!(lower, &["0000000000000000002", "0000000000000000001"]);
+    assert_eq!(layout.disks.len(), 3);
+}
+
+#[test]
+fn layers_that_cannot_be_told_apart_are_refused() {
+    let refused = layout(&spec(&[]), &containers(vec![vec![layer(1), layer(2)]]), 1 << 30);
+    assert!(matches!(refused, Err(StorageError::BadDigest { .. })));
+    for digest in ["", "sha256", "sha256:12", "sha256:../../../../../../x", "sha256:ABCDEFABCDEFABCDEFABCDEF"] {
+        let bad = Layer { diff_id: digest.into(), ..layer(1) };
+        let refused = layout(&spec(&[]), &containers(vec![vec![bad]]), 1 << 30);
+        assert!(matches!(refused, Err(StorageError::BadDigest { .. })), "{digest}");
+    }
+}
+
+#[test]
+fn an_image_without_layers_names_its_container() {
+    let refused = layout(&spec(&[]), &containers(vec![Vec::new()]), 1 << 30).unwrap_err();
+    assert!(matches!(&refused, StorageError::NoLayers { container } if container == "c0"));
+}
+
+#[test]
+fn as_many_disks_as_a_vm_has_and_no_more() {
+    let image = |count: usize| containers(vec![(0..count).map(distinct).collect()]);
+    assert_eq!(layout(&spec(&[]), &image(MAX_DISKS - 1), 1 << 30).unwrap().disks.len(), MAX_DISKS);
+    let refused = layout(&spec(&[]), &image(MAX_DISKS), 1 << 30).unwrap_err();
+    let StorageError::TooManyDisks { needed, layers } = refused else { panic!("{refused}") };
+    assert_eq!((needed, layers), (MAX_DISKS + 1, MAX_DISKS));
+    assert!(refused.to_string().contains("41 disks (40 image layers, 1 others)"), "{refused}");
+}
+
+#[test]
+fn volumes_are_directories_memory_or_disks_of_their_own() {
+    use proto::volume::Source as Made;
+    let gib = 1 << 30;
+    let spec = spec(&[
+        (Medium::Disk, None),
+        (Medium::Disk, Some(gib)),
+        (Medium::Memory, Some(4096)),
+        (Medium::Memory, None),
+        (Medium::Memory, Some(64 * gib)),
+    ]);
+    let layout = layout(&spec, &BTreeMap::new(), gib).unwrap();
+    assert_eq!(serials(&layout), ["scratch", "vol-1"]);
+    let memory = u64::from(spec.vm.memory_mib) << 20;
+    let made: Vec<_> = layout.volumes.iter().map(|v| v.source.clone().unwrap()).collect();
+    assert_eq!(
+        made,
+        [
+            Made::DirectoryOn("scratch".into()),
+            Made::Filesystem("vol-1".into()),
+            Made::Tmpfs(proto::Tmpfs { size: 4096 }),
+            Made::Tmpfs(proto::Tmpfs { size: memory }),
+            Made::Tmpfs(proto::Tmpfs { size: memory }),
+        ]
+    );
+    assert!(layout.volumes.iter().all(|v| v.mode == 0o777 && v.fs_group == Some(7)));
+}
