@@ -8,7 +8,7 @@ use libfuzzer_sys::fuzz_target;
 use oci_spec::image::ImageConfiguration;
 
 /// Longest message that any manifest may cause: 50 problems of a line each.
-const MAX_MESSAGE: usize = 64 * 1024;
+const MAX_MESSAGE: usize = 128 * 1024;
 
 fuzz_target!(|text: &str| {
     let pods = match manifest::parse(text, "fuzz.yaml") {
