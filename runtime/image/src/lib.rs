@@ -31,10 +31,14 @@
 mod digest;
 mod document;
 mod erofs;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod import;
 mod layer;
 mod limits;
 mod progress;
+mod pull;
 mod reference;
 mod store;
 mod tar;
@@ -46,6 +50,7 @@ pub use import::{ImportError, ImportOptions, Imported};
 pub use layer::{LayerError, PathFault};
 pub use limits::Limits;
 pub use progress::{Event, NoProgress, Progress};
+pub use pull::{Credentials, PullError, PullOptions};
 pub use reference::{Reference, ReferenceError};
 pub use store::{Collected, Image, ImageSummary, Layer, Store, StoreError};
 pub use tar::TarError;

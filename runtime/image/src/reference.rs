@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use oci_client::Reference as OciReference;
+use oci_spec::distribution::{ParseError, Reference as OciReference};
 
 use crate::digest::{Digest, DigestError};
 
@@ -20,7 +20,7 @@ pub enum ReferenceError {
         text: String,
         /// Why not.
         #[source]
-        source: oci_client::ParseError,
+        source: ParseError,
     },
     /// Longer than any reference.
     #[error("an image reference of {len} bytes is longer than {MAX_LEN}")]
@@ -48,6 +48,17 @@ impl Reference {
     #[must_use]
     pub fn registry(&self) -> &str {
         self.0.registry()
+    }
+
+    /// Where the registry is: not the name in the reference for the default registry.
+    pub(crate) fn registry_host(&self) -> &str {
+        self.0.resolve_registry()
+    }
+
+    /// What `docker login` keeps the registry's credentials under.
+    pub(crate) fn credentials_key(&self) -> String {
+        let (name, host) = (self.0.registry(), self.0.resolve_registry());
+        if name == host { name.to_owned() } else { format!("https://{host}/v1/") }
     }
 
     /// The repository in the registry.

@@ -3,6 +3,8 @@
 
 mod directory;
 mod format;
+#[cfg(test)]
+pub(crate) mod reader;
 mod tree;
 mod writer;
 

@@ -4,6 +4,7 @@ use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 use tempfile::NamedTempFile;
@@ -89,25 +90,42 @@ impl Lock {
 
     /// `None` if another holds it.
     pub(super) fn try_exclusive(path: &Path) -> Result<Option<Self>, StoreError> {
-        match Self::take(path, FlockOperation::NonBlockingLockExclusive) {
-            Ok(lock) => Ok(Some(lock)),
-            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
+        let file = Self::open(path)?;
+        let taken =
+            try_flock_exclusive(&file).map_err(|source| StoreError::io("lock", path, source))?;
+        Ok(taken.then_some(Self { _file: file }))
     }
 
     fn take(path: &Path, operation: FlockOperation) -> Result<Self, StoreError> {
-        let file = File::options()
+        let file = Self::open(path)?;
+        flock(&file, operation).map_err(|source| StoreError::io("lock", path, source))?;
+        Ok(Self { _file: file })
+    }
+
+    fn open(path: &Path) -> Result<File, StoreError> {
+        File::options()
             .create(true)
             .truncate(false)
             .write(true)
             .open(path)
-            .map_err(|source| StoreError::io("open", path, source))?;
-        flock(&file, operation).map_err(|source| StoreError::io("lock", path, source))?;
-        Ok(Self { _file: file })
+            .map_err(|source| StoreError::io("open", path, source))
     }
+}
+
+/// Whether the exclusive lock could be had. Tries for an instant: a thread that starts a process
+/// just now has given it copies of all descriptors, and so of all locks, until it calls exec.
+pub(super) fn try_flock_exclusive(file: &File) -> io::Result<bool> {
+    const ATTEMPTS: u32 = 6;
+    const DELAY: Duration = Duration::from_millis(5);
+    for attempt in 1..=ATTEMPTS {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(true),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            Err(_) if attempt < ATTEMPTS => std::thread::sleep(DELAY),
+            Err(_) => {}
+        }
+    }
+    Ok(false)
 }
 
 /// `flock(2)`, again when a signal interrupts it.

@@ -2,10 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io;
 use std::path::Path;
-
-use rustix::fs::FlockOperation;
 
 use super::files::{self, Lock, TEMP_PREFIX};
 use super::index::Index;
@@ -74,13 +71,9 @@ fn sweep(
         let path = directory.join(&name);
         let failed = |source| StoreError::io("remove", &path, source);
         let file = File::open(&path).map_err(failed)?;
-        match files::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                collected.layers_in_use = collected.layers_in_use.saturating_add(1);
-                continue;
-            }
-            Err(error) => return Err(failed(error)),
+        if !files::try_flock_exclusive(&file).map_err(failed)? {
+            collected.layers_in_use = collected.layers_in_use.saturating_add(1);
+            continue;
         }
         let size = file.metadata().map_err(failed)?.len();
         fs::remove_file(&path).map_err(failed)?;
