@@ -6,6 +6,7 @@ use std::io;
 use husk_proto::guest;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::MountFlags;
+use rustix::process::{Resource, Rlimit};
 
 use crate::cgroup;
 use crate::container::rootfs;
@@ -72,9 +73,24 @@ pub(crate) fn run(host: &Host) -> Result<(), BootError> {
         Err(e) if matches!(host, Host::Test(_)) && e.kind() == io::ErrorKind::PermissionDenied => {}
         result => result.map_err(failed("oom_score_adj"))?,
     }
+    raise_descriptors();
     cgroup::set_up().map_err(|e| failed("cgroups")(io::Error::other(crate::chain(&e))))?;
     sys::loopback_up().map_err(failed("bring the loopback interface up"))?;
     Ok(())
+}
+
+/// Lets the agent have a descriptor for each stream of each process. The kernel's first process may
+/// have 1024 only.
+fn raise_descriptors() {
+    const MOST: u64 = 512 * 1024;
+    let limit = |value| Rlimit { current: Some(value), maximum: Some(value) };
+    if rustix::process::setrlimit(Resource::Nofile, limit(MOST)).is_err() {
+        // In a test, without the capability: what is allowed.
+        let allowed = rustix::process::getrlimit(Resource::Nofile).maximum.unwrap_or(MOST);
+        if let Err(error) = rustix::process::setrlimit(Resource::Nofile, limit(allowed)) {
+            tracing::warn!(%error, "few descriptors");
+        }
+    }
 }
 
 /// Makes an empty tmpfs the root. The initramfs cannot be a root that a container's process leaves

@@ -49,6 +49,9 @@ use crate::rpc::Agent;
 /// How long requests that are under way may take to end once the guest is to be powered off.
 const LAST_ANSWER_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 
+/// Most requests at once.
+const MAX_REQUESTS: u32 = 65_536;
+
 /// The whole life of the agent. Does not return in a VM.
 #[must_use]
 pub fn run() -> ExitCode {
@@ -63,10 +66,10 @@ pub fn run() -> ExitCode {
             .map_err(|e| format!("start the runtime: {e}"))?;
         runtime.block_on(serve(&host, init_ns))
     });
-    if let Err(message) = &outcome {
-        tracing::error!(message, "the agent gives up");
+    if let Err(error) = &outcome {
+        tracing::error!(error, "the agent gives up");
         // The log may not exist yet; the console does, if the kernel has one.
-        eprintln!("husk-agent: {message}");
+        eprintln!("husk-agent: {error}");
     }
     // Whatever happened: without an agent the guest is of no use, and its end tells the host.
     host.power_off();
@@ -98,6 +101,8 @@ async fn serve(host: &Host, init_ns: u64) -> Result<(), String> {
 
     let service = TowerToHyperService::new(agent.into_service());
     let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+        // One for each process that is waited for.
+        .max_concurrent_streams(MAX_REQUESTS)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let result = tokio::select! {

@@ -145,8 +145,11 @@ pub(crate) async fn mount(host: &Host, filesystem: &Filesystem) -> Result<(), St
         Host::Vm => find_disk(&filesystem.disk_serial).await?,
         Host::Test(directory) => {
             let source = directory.join(format!("disk-{}", filesystem.disk_serial));
-            return rustix::mount::mount_bind(&source, &target)
-                .map_err(failed("bind the test's disk", name));
+            if source.is_dir() {
+                return rustix::mount::mount_bind(&source, &target)
+                    .map_err(failed("bind the test's disk", name));
+            }
+            find_disk(&filesystem.disk_serial).await?
         }
     };
     let disk = disk.to_string_lossy();

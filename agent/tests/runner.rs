@@ -334,6 +334,7 @@ async fn a_reader_that_stops_grows_nothing_in_the_agent() {
     let streams = guest.start("a", spec, Options::default()).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let before = guest.stats().await.agent_rss;
+    println!("resident memory of the agent with one container: {before} bytes");
     assert!(before > 0 && before < 32 << 20, "{before}");
     tokio::time::sleep(Duration::from_secs(1)).await;
     let after = guest.stats().await.agent_rss;

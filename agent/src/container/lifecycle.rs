@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use husk_proto::agent::{self, ContainerStats};
 
@@ -9,6 +10,9 @@ use super::state::{Event, State};
 use super::{ContainerError, Exit, Outcome, Runner, StartFailure};
 use crate::lock;
 use crate::sys;
+
+/// How long a shutdown waits for killed processes: they can hang in the kernel on a broken disk.
+const KILL_LIMIT: Duration = Duration::from_secs(20);
 
 /// Signals that exist on Linux.
 const LAST_SIGNAL: u32 = 64;
@@ -148,16 +152,21 @@ impl Runner {
         self.clear(&remains).await
     }
 
-    /// Kills all containers and waits for their end.
+    /// Kills all containers and waits for their end, but no longer than [`KILL_LIMIT`].
     pub(crate) async fn kill_all(&self) {
         if let Err(error) = crate::cgroup::kill_all() {
             tracing::error!(error = crate::chain(&error), "cannot kill the containers");
         }
         let outcomes: Vec<_> =
             lock(&self.table).containers.values().map(|c| c.main.outcome.subscribe()).collect();
-        for mut outcome in outcomes {
-            // The sender may be gone: then so is the container.
-            let _gone = outcome.wait_for(|o| matches!(o, Outcome::Ended(_))).await;
+        let all = async {
+            for mut outcome in outcomes {
+                // The sender may be gone: then so is the container.
+                let _gone = outcome.wait_for(|o| matches!(o, Outcome::Ended(_))).await;
+            }
+        };
+        if tokio::time::timeout(KILL_LIMIT, all).await.is_err() {
+            tracing::error!("a process cannot be killed: its disk may hang");
         }
     }
 

@@ -54,6 +54,9 @@ const RLIMITS: [(&str, Resource); 16] = [
 /// The file mode creation mask of a process that names none, as in runc.
 const DEFAULT_UMASK: u32 = 0o022;
 
+/// Open files of a process that names no limit: the kernel's own default.
+const DEFAULT_NOFILE: u64 = 1024;
+
 /// Most supplementary groups that Linux takes (NGROUPS_MAX).
 const MAX_GROUPS: usize = 65_536;
 
@@ -127,6 +130,14 @@ impl ProcessPlan {
 
     /// Sets the resource limits, which the process may not raise itself later.
     pub(crate) fn apply_rlimits(&self) -> Result<(), StepError> {
+        if !self.rlimits.iter().any(|(resource, _)| *resource == Resource::Nofile) {
+            // Not the agent's: programs that use select(2), or close all descriptors up to it, fail
+            // with a high one.
+            let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
+            let limit = Rlimit { current: Some(DEFAULT_NOFILE), maximum };
+            rustix::process::setrlimit(Resource::Nofile, limit)
+                .map_err(step("rlimits: default"))?;
+        }
         for (resource, limit) in &self.rlimits {
             rustix::process::setrlimit(*resource, *limit)
                 .map_err(step(format!("rlimits: {resource:?}")))?;
