@@ -1,4 +1,5 @@
-//! Small images for the tests of pulling.
+//! Small images for the tests. Not every test uses all of this.
+#![allow(dead_code)]
 
 use husk_image::Digest;
 use serde_json::{Value, json};
@@ -27,27 +28,41 @@ fn archive(path: &str, data: &[u8]) -> Vec<u8> {
     builder.into_inner().unwrap()
 }
 
-/// An image of two layers, one compressed with gzip, one with zstd; `salt` makes it another one.
+/// An image of two layers; `salt` makes it another one.
 pub(crate) fn image(architecture: &str, salt: &str) -> TestImage {
-    let noise: Vec<u8> =
-        (0..200_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-    let plain = [archive("base", &noise), archive("top", salt.as_bytes())];
-    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    std::io::Write::write_all(&mut gzip, &plain[0]).unwrap();
-    let layers = vec![gzip.finish().unwrap(), zstd::encode_all(plain[1].as_slice(), 1).unwrap()];
+    let noise = (0..200_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8);
+    let noise: Vec<u8> = noise.collect();
+    image_of(architecture, vec![archive("base", &noise), archive("top", salt.as_bytes())])
+}
+
+/// An image of these layers, of which the lowest is compressed with gzip, the others with zstd.
+pub(crate) fn image_of(architecture: &str, plain: Vec<Vec<u8>>) -> TestImage {
+    let diff_ids: Vec<Digest> = plain.iter().map(|bytes| Digest::of(bytes)).collect();
+    let mut layers = Vec::new();
+    let mut descriptors = Vec::new();
+    for (number, bytes) in plain.iter().enumerate() {
+        let (compression, stored) = if number == 0 {
+            let level = flate2::Compression::fast();
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), level);
+            std::io::Write::write_all(&mut gzip, bytes).unwrap();
+            ("gzip", gzip.finish().unwrap())
+        } else {
+            ("zstd", zstd::encode_all(bytes.as_slice(), 1).unwrap())
+        };
+        let media_type = format!("application/vnd.oci.image.layer.v1.tar+{compression}");
+        descriptors.push(descriptor(&media_type, &stored));
+        layers.push(stored);
+    }
     let config = json!({
         "os": "linux", "architecture": architecture, "config": {"Cmd": ["/top"]},
-        "rootfs": {"type": "layers", "diff_ids": plain.map(|bytes| Digest::of(&bytes))},
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
     });
     let config = config.to_string().into_bytes();
     let manifest = json!({
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
         "config": descriptor("application/vnd.oci.image.config.v1+json", &config),
-        "layers": [
-            descriptor("application/vnd.oci.image.layer.v1.tar+gzip", &layers[0]),
-            descriptor("application/vnd.oci.image.layer.v1.tar+zstd", &layers[1]),
-        ],
+        "layers": descriptors,
     });
     TestImage { config, layers, manifest: manifest.to_string().into_bytes() }
 }
