@@ -32,11 +32,8 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Run the pods of manifests in the foreground until they end
     Run(RunArgs),
-    /// Pull, import, list and remove images
     Image(ImageArgs),
-    /// Check what this host has and lacks to run pods
     Check(CheckArgs),
 }
 
