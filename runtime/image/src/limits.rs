@@ -36,7 +36,7 @@ impl Default for Limits {
             max_layer_bytes: 64 << 30,
             max_ratio: 200,
             bomb_free_bytes: 1 << 30,
-            max_layer_entries: 4_000_000,
+            max_layer_entries: 2_000_000,
             max_layer_name_bytes: 256 << 20,
             max_layer_xattr_bytes: 128 << 20,
         }

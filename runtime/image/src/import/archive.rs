@@ -86,6 +86,10 @@ impl Archive {
         Err(ImportError::Format { path: self.path.clone(), reason })
     }
 
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.members.contains_key(name)
+    }
+
     /// Bytes of the file of that name.
     pub(super) fn size(&self, name: &str) -> Result<u64, ImportError> {
         self.file(name).map(|reader| reader.left)

@@ -71,6 +71,14 @@ impl Blobs for Layout {
     }
 }
 
+/// Whether the directory or archive is meant to be a layout. A directory can be nothing else.
+pub(super) fn is_layout(path: &Path) -> Result<bool, ImportError> {
+    Ok(match Layout::open(path)? {
+        Layout::Directory(_) => true,
+        Layout::Archive(archive) => archive.contains(MARKER),
+    })
+}
+
 pub(super) fn import(
     store: &Store,
     path: &Path,

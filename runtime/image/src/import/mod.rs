@@ -179,6 +179,24 @@ trait Blobs {
 }
 
 impl Store {
+    /// Imports every image of a directory or archive, whichever of the two forms it has: an OCI
+    /// image layout if it claims to be one, else what `docker save` writes. Blocks.
+    ///
+    /// # Errors
+    /// See [`ImportError`]; then nothing of the image that failed is left in the store.
+    pub fn import(
+        &self,
+        path: impl AsRef<Path>,
+        options: &ImportOptions<'_>,
+    ) -> Result<Vec<Imported>, ImportError> {
+        let path = path.as_ref();
+        if layout::is_layout(path)? {
+            self.import_oci_layout(path, options)
+        } else {
+            self.import_docker_archive(path, options)
+        }
+    }
+
     /// Imports every image of an OCI image layout: a directory, or a tar archive of one (not
     /// compressed). Images that the store holds already cost nothing. Blocks.
     ///

@@ -171,6 +171,10 @@ fn layout_in_an_archive_is_the_same_image() {
     builder.finish().unwrap();
     let from_directory = fixture.import(&path).unwrap();
     assert_eq!(fixture.import(&archive).unwrap(), from_directory);
+    let platform = Platform::default();
+    let options = ImportOptions::new(&platform);
+    assert_eq!(fixture.store.import(&archive, &options).unwrap(), from_directory);
+    assert_eq!(fixture.store.import(&path, &options).unwrap(), from_directory);
 }
 
 #[test]
@@ -371,6 +375,9 @@ fn docker_archive_is_imported_under_its_tags() {
     assert_eq!(imported[0].references, ["docker.io/library/web:1", "registry.example/web:2"]);
     let image = fixture.store.resolve("web:1").unwrap();
     assert_eq!((image.config_digest, image.layers.len()), (config, 2));
+    let platform = Platform::default();
+    let detected = fixture.store.import(&path, &ImportOptions::new(&platform)).unwrap();
+    assert_eq!(detected, imported);
     let renamed = fixture.import_docker(&path, Some("other")).unwrap();
     assert_eq!(renamed[0].references, ["docker.io/library/other:latest"]);
 }
