@@ -44,7 +44,7 @@ impl Step {
         } else if self.last_plain.elapsed() >= PLAIN_INTERVAL {
             self.last_plain = Instant::now();
             let seconds = self.started.elapsed().as_secs();
-            say(format_args!("{}: {detail} ({seconds} s)", self.what));
+            say(format_args!("  {detail} ({seconds} s)"));
         }
     }
 

@@ -10,6 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+/// Raised when this file changes: a running test host has the agent that it was booted with.
+pub(crate) const PROTOCOL: u32 = 1;
+
 /// The agent's TCP port in the test host.
 pub(crate) const GUEST_PORT: u16 = 7001;
 

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
 use super::image::Image;
 use super::qemu::{Accelerator, choose};
-use crate::wire::{Kind, Operation, Request, receive, send_json};
+use crate::wire::{Kind, Operation, PROTOCOL, Request, receive, send_json};
 use husk_harness::cache::files::{Lock, remove_tree};
 use husk_harness::progress::{Step, say};
 
@@ -22,13 +22,18 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 const BOOT_POLL: Duration = Duration::from_millis(100);
 const DOWN_TIMEOUT: Duration = Duration::from_secs(20);
 /// The agent answers a greeting within this time unless the machine is badly overloaded.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// A running test host that answers nothing for this long is stuck.
+const STUCK_TIMEOUT: Duration = Duration::from_secs(180);
 /// While it boots: QEMU holds connections that the guest does not answer yet.
 const BOOT_HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 /// Shown of a log when booting fails.
 const LOG_TAIL_LINES: usize = 25;
 
 const UNRESPONSIVE: &str = "the test host runs but does not answer; `husk-testhost down` ends it";
+
+const OTHER_VERSION: &str =
+    "the test host was started by another version of this program; `husk-testhost down` ends it";
 
 /// The files of one test host.
 #[derive(Debug, Clone)]
@@ -78,6 +83,8 @@ impl StateDir {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Instance {
+    /// [`PROTOCOL`] of the program that started it: its agent in the test host is that program.
+    pub(crate) protocol: u32,
     /// Process id.
     pub(crate) supervisor: u32,
     pub(crate) host_port: u16,
@@ -170,16 +177,22 @@ fn touch(path: &Path) -> Result<()> {
         .with_context(|| format!("touching {}", path.display()))
 }
 
+fn is_running(state: &StateDir) -> Result<bool> {
+    Ok(state.path().is_dir() && Lock::try_exclusive(&state.running_lock())?.is_none())
+}
+
 /// The running test host, if there is one.
 pub(crate) fn find(state: &StateDir) -> Result<Option<Instance>> {
-    if !state.path().is_dir() || Lock::try_exclusive(&state.running_lock())?.is_some() {
+    if !is_running(state)? {
         return Ok(None);
     }
     let path = state.instance_file();
     match fs::read(&path) {
-        Ok(json) => serde_json::from_slice(&json)
-            .map(Some)
-            .with_context(|| format!("reading {}", path.display())),
+        Ok(json) => {
+            let instance: Instance = serde_json::from_slice(&json).context(OTHER_VERSION)?;
+            ensure!(instance.protocol == PROTOCOL, OTHER_VERSION);
+            Ok(Some(instance))
+        }
         // It starts just now.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("reading {}", path.display())),
@@ -190,8 +203,31 @@ pub(crate) fn find(state: &StateDir) -> Result<Option<Instance>> {
 pub(crate) fn existing(state: StateDir) -> Result<Option<Lease>> {
     let Some(instance) = find(&state)? else { return Ok(None) };
     let lease = Lease::new(state, instance, None)?;
-    lease.instance.hello(HELLO_TIMEOUT).context(UNRESPONSIVE)?;
+    if lease.instance.hello(HELLO_TIMEOUT).is_err() {
+        wait_for_answer(&lease)?;
+    }
     Ok(Some(lease))
+}
+
+/// It may be booting still: whoever started it was interrupted.
+fn wait_for_answer(lease: &Lease) -> Result<()> {
+    let mut step = Step::new("the test host runs but does not answer yet");
+    let started = Instant::now();
+    loop {
+        match lease.instance.hello(HELLO_TIMEOUT) {
+            Ok(()) => break,
+            Err(error) if started.elapsed() > STUCK_TIMEOUT => {
+                return Err(error).context(UNRESPONSIVE);
+            }
+            Err(error) => step.detail(&format!("{error:#}")),
+        }
+        if find(&lease.state)?.is_none() {
+            bail!("the test host ended");
+        }
+        std::thread::sleep(BOOT_POLL);
+    }
+    step.finish("answers");
+    Ok(())
 }
 
 /// The test host that is kept running, started first if need be.
@@ -345,9 +381,17 @@ fn remove_file(path: &Path) -> Result<()> {
 
 /// Ends the test host that is kept running. Returns whether there was one.
 pub(crate) fn down(state: &StateDir) -> Result<bool> {
-    let Some(instance) = find(state)? else { return Ok(false) };
-    let pid = i32::try_from(instance.supervisor)
-        .ok()
+    if !is_running(state)? {
+        return Ok(false);
+    }
+    // Not by `find`: one of another version must end too.
+    let path = state.instance_file();
+    let json = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    let instance: serde_json::Value =
+        serde_json::from_slice(&json).with_context(|| format!("parsing {}", path.display()))?;
+    let pid = instance["supervisor"]
+        .as_i64()
+        .and_then(|pid| i32::try_from(pid).ok())
         .and_then(Pid::from_raw)
         .context("malformed process id of the supervisor")?;
     // The lock is held, so the process is the supervisor and no later one of the same number.

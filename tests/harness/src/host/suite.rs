@@ -1,5 +1,6 @@
 //! Runs test binaries, in the test host or here, and keeps what explains a failure.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -75,6 +76,8 @@ pub(crate) fn run_in(lease: &Lease, options: &SuiteOptions) -> Result<Report> {
     }
     push_and_say(lease, &plan)?;
 
+    // What is collected is of this run.
+    fetch(lease, "rm -f /var/crash/core.*", &mut std::io::sink())?;
     let timeout = Duration::from_secs(options.timeout);
     let mut report = Report::default();
     for binary in &options.binaries {
@@ -143,12 +146,16 @@ pub(crate) fn run_native(options: &SuiteOptions) -> Result<Report> {
     if let Err(reason) = crate::kvm::probe() {
         bail!("--native needs a working KVM: {reason}");
     }
-    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    let mut env = vec![("RUST_BACKTRACE".into(), "1".into())];
     if let Some(tree) = &options.tree {
-        let bin = tree.join("bin");
-        let bin = bin.canonicalize().with_context(|| format!("finding {}", bin.display()))?;
-        let parts = std::iter::once(bin).chain(std::env::split_paths(&path)).collect::<Vec<_>>();
-        path = std::env::join_paths(parts).context("extending PATH")?;
+        let tree = tree.canonicalize().with_context(|| format!("finding {}", tree.display()))?;
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let parts: Vec<_> =
+            std::iter::once(tree.join("bin")).chain(std::env::split_paths(&path)).collect();
+        let path = std::env::join_paths(parts).context("extending PATH")?;
+        env.push((OsString::from("PATH"), path));
+        // Where the tests find what is at /opt/husk in the test host.
+        env.push(("HUSK_TREE".into(), tree.into_os_string()));
     }
     let mut report = Report::default();
     for binary in &options.binaries {
@@ -160,8 +167,7 @@ pub(crate) fn run_native(options: &SuiteOptions) -> Result<Report> {
             .arg(options.timeout.to_string())
             .arg(binary.canonicalize().with_context(|| format!("finding {}", binary.display()))?)
             .args(&options.arguments)
-            .env("PATH", &path)
-            .env("RUST_BACKTRACE", "1")
+            .envs(env.iter().map(|(key, value)| (key, value)))
             .envs(options.env.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .status()

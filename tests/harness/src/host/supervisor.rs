@@ -19,7 +19,7 @@ use rustix::process::{
 
 use super::instance::{Instance, StateDir};
 use super::qemu::{Accelerator, Machine};
-use crate::wire::{BOOT_MAGIC, TOKEN_LEN, TOKEN_OFFSET, TRANSFER_ALIGN};
+use crate::wire::{BOOT_MAGIC, PROTOCOL, TOKEN_LEN, TOKEN_OFFSET, TRANSFER_ALIGN};
 use husk_harness::cache::files::{Lock, write_atomically};
 
 /// Address space of the transfer disk in bytes; sparse.
@@ -75,6 +75,7 @@ pub(crate) fn supervise(options: &Options) -> Result<()> {
     let transfer_start = prepare_transfer_disk(&state.transfer_disk(), &token)?;
     let (mut qemu, host_port) = start_qemu(options, &state)?;
     let instance = Instance {
+        protocol: PROTOCOL,
         supervisor: std::process::id(),
         host_port,
         token,
