@@ -52,6 +52,8 @@ impl Runner {
         let cgroup = Cgroup::create(&plan.cgroup_path, &plan.cgroup_settings)?;
         let remains = Arc::new(Remains { cgroup, layer, directory });
         let result = async {
+            // What a guest that died left on a disk that outlived it.
+            self.remove_layer(&remains).await?;
             let overlay = make_directories(&remains, &rootfs.lower)?;
             devices::attach(remains.cgroup.fd(), &plan.device_rules)
                 .map_err(step("linux.resources.devices"))?;
@@ -142,13 +144,7 @@ impl Runner {
     pub(super) async fn clear(&self, remains: &Remains) -> Result<(), ContainerError> {
         // All steps are tried, so that one that fails does not keep the others' remains.
         let cgroup = remains.cgroup.remove().await;
-        let layer = if remains.layer.exists() {
-            let path = remains.layer.clone();
-            // Any number of files.
-            self.in_child("remove the writable layer", move || fs::remove_dir_all(path)).await
-        } else {
-            Ok(())
-        };
+        let layer = self.remove_layer(remains).await;
         let directory = match fs::remove_dir_all(&remains.directory) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
             result => result.map_err(step("remove the container's directory")),
@@ -157,6 +153,16 @@ impl Runner {
         layer?;
         directory?;
         Ok(())
+    }
+
+    /// Removes a writable layer, if it is there.
+    async fn remove_layer(&self, remains: &Remains) -> Result<(), StepError> {
+        if !remains.layer.exists() {
+            return Ok(());
+        }
+        // It can hold any number of files.
+        let path = remains.layer.clone();
+        self.in_child("remove the writable layer", move || fs::remove_dir_all(path)).await
     }
 }
 

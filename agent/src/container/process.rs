@@ -134,7 +134,8 @@ impl ProcessPlan {
             // Not the agent's: programs that use select(2), or close all descriptors up to it, fail
             // with a high one.
             let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
-            let limit = Rlimit { current: Some(DEFAULT_NOFILE), maximum };
+            let current = Some(DEFAULT_NOFILE.min(maximum.unwrap_or(u64::MAX)));
+            let limit = Rlimit { current, maximum };
             rustix::process::setrlimit(Resource::Nofile, limit)
                 .map_err(step("rlimits: default"))?;
         }

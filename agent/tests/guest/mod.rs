@@ -22,6 +22,13 @@ const LIMIT: Duration = Duration::from_secs(300);
 
 pub(crate) type Client = AgentClient<Channel>;
 
+/// Set if there are virtio disks with the serials `base` (erofs, holding what [`make_layer`] makes)
+/// and `scratch` (an empty ext4): the pod then has these, and not directories. For one test at a
+/// time.
+fn real_disks() -> bool {
+    std::env::var_os("HUSK_TEST_REAL_DISKS").is_some()
+}
+
 /// A running agent with a pod that is set up: file systems `base` and `scratch`, a volume `v`.
 pub(crate) struct Guest {
     directory: tempfile::TempDir,
@@ -106,7 +113,7 @@ pub(crate) fn setup_request(fs_group: Option<u32>) -> wire::SetupPodRequest {
     let filesystem = |name: &str, read_only| wire::Filesystem {
         name: name.into(),
         disk_serial: name.into(),
-        fstype: "ext4".into(),
+        fstype: if read_only && real_disks() { "erofs" } else { "ext4" }.into(),
         read_only,
     };
     wire::SetupPodRequest {
@@ -170,8 +177,10 @@ fn make_cgroup() -> PathBuf {
 impl Guest {
     pub(crate) async fn boot() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        make_layer(&directory.path().join("disk-base"));
-        fs::create_dir(directory.path().join("disk-scratch")).unwrap();
+        if !real_disks() {
+            make_layer(&directory.path().join("disk-base"));
+            fs::create_dir(directory.path().join("disk-scratch")).unwrap();
+        }
         let control =
             UnixListener::bind(directory.path().join(ports::CONTROL.to_string())).unwrap();
         let cgroup = make_cgroup();
@@ -201,14 +210,28 @@ impl Guest {
         let mut client = AgentClient::new(channel);
         let pod = client.setup_pod(setup_request(Some(1234))).await.unwrap().into_inner();
         assert!(!pod.kernel_release.is_empty() && pod.init_ns <= pod.ready_ns);
-        fs::write(directory.path().join("disk-scratch/volumes/v/file"), "volume\n").unwrap();
-        Self {
+        let guest = Self {
             directory,
             cgroup,
             process: Mutex::new(process),
             client: Some(client),
             next_port: AtomicU32::new(ports::FIRST_STREAM),
+        };
+        let volume = guest.root().join("run/husk/volumes/v");
+        if let Ok(left_on_disk) = fs::read_dir(&volume) {
+            for entry in left_on_disk {
+                let path = entry.unwrap().path();
+                fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path)).unwrap();
+            }
         }
+        fs::write(volume.join("file"), "volume\n").unwrap();
+        guest
+    }
+
+    /// The agent's root directory, as seen from outside.
+    fn root(&self) -> PathBuf {
+        let agent = fs::read_to_string(self.cgroup.join("agent/cgroup.procs")).unwrap();
+        PathBuf::from(format!("/proc/{}/root", agent.lines().next().unwrap()))
     }
 
     pub(crate) fn client(&self) -> Client {
@@ -403,12 +426,10 @@ impl Guest {
 
     /// The places where a container leaves something: its writable layer, its cgroup, its directory.
     fn places(&self) -> [PathBuf; 3] {
-        let agent = fs::read_to_string(self.cgroup.join("agent/cgroup.procs")).unwrap();
-        let agent = agent.lines().next().unwrap();
         [
-            self.directory.path().join("disk-scratch/containers"),
+            self.root().join("run/husk/fs/scratch/containers"),
             self.cgroup.join("husk"),
-            PathBuf::from(format!("/proc/{agent}/root/run/husk/containers")),
+            self.root().join("run/husk/containers"),
         ]
     }
 
