@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use oci_spec::distribution::Reference;
+use husk_image::{Reference, ReferenceError};
 
 use super::pod::{check, show_cpu, show_memory};
 use super::problem::Problems;
@@ -87,11 +87,16 @@ pub(super) fn check_references(
 fn read_rootfs(view: &View<'_>, problems: &mut Problems) -> Rootfs {
     let image = view.get("image");
     let reference = image.required_text(problems).unwrap_or_default();
-    let parsed = Reference::try_from(reference);
+    let parsed = reference.parse::<Reference>();
     if let Err(error) = &parsed
         && !reference.is_empty()
     {
-        image.invalid(reference, format!("not an image reference: {error}"), problems);
+        let reason = match error {
+            ReferenceError::Syntax { text: _, reason } => (*reason).to_owned(),
+            ReferenceError::TooLong { .. } => error.to_string(),
+            ReferenceError::Digest { text: _, source } => source.to_string(),
+        };
+        image.invalid(reference, format!("not an image reference: {reason}"), problems);
     }
     let is_latest = parsed.is_ok_and(|reference| reference.tag() == Some("latest"));
     let default = if is_latest { PullPolicy::Always } else { PullPolicy::IfNotPresent };

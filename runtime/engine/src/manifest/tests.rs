@@ -310,7 +310,8 @@ fn names_are_checked_and_must_be_unique() {
             "spec.containers[0].name: a: another container of this pod has this name",
             &format!("spec.containers[1].name: B_: {label}"),
             "spec.containers[2].name: required",
-            "spec.containers[2].image: x y: not an image reference: invalid reference format",
+            "spec.containers[2].image: x y: not an image reference: the repository must be lowercase \
+             letters and digits, with single separators",
             "spec.volumes[1].name: v: another volume of this pod has this name",
             "spec.volumes[2]: w: has no source, such as emptyDir: {}",
         ],
