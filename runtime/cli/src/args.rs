@@ -41,8 +41,14 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct Global {
     /// Where images and disks are kept; on a disk-backed file system
-    #[arg(long, global = true, env = "HUSK_STATE_DIR", value_name = "DIR",
-        default_value = "/var/lib/husk", help_heading = "Places")]
+    #[arg(
+        long,
+        global = true,
+        env = "HUSK_STATE_DIR",
+        value_name = "DIR",
+        default_value = "/var/lib/husk",
+        help_heading = "Places"
+    )]
     pub(crate) state_dir: PathBuf,
     /// Where running pods keep their small files
     /// [default: /run/husk, or run/ in the state directory if that cannot be written]
@@ -52,8 +58,13 @@ pub(crate) struct Global {
     #[arg(long, global = true, env = "HUSK_KERNEL", value_name = "FILE", help_heading = "Places")]
     pub(crate) kernel: Option<PathBuf>,
     /// The initramfs that holds the agent [default: ../share/husk/initramfs.cpio beside husk]
-    #[arg(long, global = true, env = "HUSK_INITRAMFS", value_name = "FILE",
-        help_heading = "Places")]
+    #[arg(
+        long,
+        global = true,
+        env = "HUSK_INITRAMFS",
+        value_name = "FILE",
+        help_heading = "Places"
+    )]
     pub(crate) initramfs: Option<PathBuf>,
     /// The virtual machine monitor [default: husk-vmm beside husk]
     #[arg(long, global = true, env = "HUSK_VMM", value_name = "FILE", help_heading = "Places")]

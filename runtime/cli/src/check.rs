@@ -103,7 +103,9 @@ fn host_kernel() -> Finding {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let (major, minor) = OLDEST_KERNEL;
     match version(&release) {
-        Some(found) if found >= OLDEST_KERNEL => finding(NAME, Level::Ok, format!("Linux {release}")),
+        Some(found) if found >= OLDEST_KERNEL => {
+            finding(NAME, Level::Ok, format!("Linux {release}"))
+        }
         Some(_) => finding(
             NAME,
             Level::Fail,
@@ -141,8 +143,10 @@ fn vmm(config: &Config) -> Finding {
         Err(errno) => finding(
             NAME,
             Level::Fail,
-            format!("cannot execute {path} ({errno}): install husk-vmm beside husk, or name it with \
-                     --vmm or HUSK_VMM"),
+            format!(
+                "cannot execute {path} ({errno}): install husk-vmm beside husk, or name it with \
+                     --vmm or HUSK_VMM"
+            ),
         ),
     }
 }
@@ -203,7 +207,9 @@ fn directory(name: &'static str, dir: &Path, option: &str, needs_space: bool) ->
         return finding(
             name,
             Level::Fail,
-            format!("{shown} cannot be written ({errno}): run as root, or choose another with {option}"),
+            format!(
+                "{shown} cannot be written ({errno}): run as root, or choose another with {option}"
+            ),
         );
     }
     if !needs_space {

@@ -7,9 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use comfy_table::{CellAlignment, Table, presets};
-use husk_image::{
-    Credentials, ImportOptions, Imported, Platform, PullError, PullOptions, Store,
-};
+use husk_image::{Credentials, ImportOptions, Imported, Platform, PullError, PullOptions, Store};
 use serde::Serialize;
 
 use crate::args::{Global, ImageArgs, ImageCommand, Output};
@@ -102,7 +100,8 @@ fn import(
     let platform = platform_of(platform)?;
     let bars = Bars::new();
     let options = ImportOptions { name, platform: &platform, progress: bars.as_ref() };
-    let kind = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let kind =
+        std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
     let imported = if kind.is_dir() {
         store.import_oci_layout(path, &options)
     } else {
@@ -149,9 +148,12 @@ fn list(store: &Store, output: Output) -> anyhow::Result<()> {
         return Ok(());
     }
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(["IMAGE", "ID", "PLATFORM", "LAYERS", "SIZE", "STORED"]);
+    table
+        .load_style(presets::NOTHING)
+        .set_header(["IMAGE", "ID", "PLATFORM", "LAYERS", "SIZE", "STORED"]);
     for image in images {
-        let id: String = image.config_digest.to_string().chars().skip("sha256:".len()).take(12).collect();
+        let id: String =
+            image.config_digest.to_string().chars().skip("sha256:".len()).take(12).collect();
         let age = SystemTime::now().duration_since(image.stored_at).unwrap_or_default();
         table.add_row([
             image.reference,

@@ -1,8 +1,8 @@
 //! Images for pods, from husk's own store, with progress on the terminal.
 
+use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::collections::HashMap;
 
 use husk_engine::pod::{ImageError, Images, ResolvedImage, Resolving};
 use husk_engine::storage::Layer;
@@ -24,11 +24,8 @@ impl StoreImages {
 impl Images for StoreImages {
     fn resolve<'a>(&'a self, reference: &'a str, policy: PullPolicy) -> Resolving<'a> {
         Box::pin(async move {
-            let error = |reason, source| ImageError {
-                reason,
-                reference: reference.to_owned(),
-                source,
-            };
+            let error =
+                |reason, source| ImageError { reason, reference: reference.to_owned(), source };
             let here = if policy == PullPolicy::Always {
                 None
             } else {

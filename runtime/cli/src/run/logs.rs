@@ -126,8 +126,8 @@ impl Printer {
         with_pod: bool,
         all_to_stderr: bool,
     ) -> Self {
-        let terminal = std::io::stderr().is_terminal()
-            && (all_to_stderr || std::io::stdout().is_terminal());
+        let terminal =
+            std::io::stderr().is_terminal() && (all_to_stderr || std::io::stdout().is_terminal());
         let colours = terminal && std::env::var_os("NO_COLOR").is_none();
         Printer { lines: Lines::new(containers, with_pod, colours), all_to_stderr, broken: false }
     }
@@ -180,7 +180,10 @@ mod tests {
     #[test]
     fn lines_are_prefixed_and_aligned() {
         let mut lines = lines();
-        assert_eq!(lines.feed("p", &chunk("web", Stream::Stdout, b"a\nb\n")), b"web    | a\nweb    | b\n");
+        assert_eq!(
+            lines.feed("p", &chunk("web", Stream::Stdout, b"a\nb\n")),
+            b"web    | a\nweb    | b\n"
+        );
         assert_eq!(lines.feed("p", &chunk("client", Stream::Stdout, b"\n")), b"client | \n");
     }
 

@@ -106,7 +106,8 @@ fn read(file: &Path) -> anyhow::Result<(String, String)> {
     let read = if stdin {
         std::io::stdin().lock().take(MAX_MANIFEST + 1).read_to_end(&mut bytes)
     } else {
-        std::fs::File::open(file).and_then(|file| file.take(MAX_MANIFEST + 1).read_to_end(&mut bytes))
+        std::fs::File::open(file)
+            .and_then(|file| file.take(MAX_MANIFEST + 1).read_to_end(&mut bytes))
     };
     read.with_context(|| format!("cannot read the manifest {name}"))?;
     let text = String::from_utf8(bytes).with_context(|| format!("{name} is not UTF-8 text"))?;

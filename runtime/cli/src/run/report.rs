@@ -19,7 +19,9 @@ const EXIT_SOME_FAILED: u8 = 1;
 /// The exit code of `husk run`, as its help says.
 pub(super) fn exit_code(reports: &[PodReport]) -> u8 {
     let failed = |report: &&PodReport| report.status.phase != PodPhase::Succeeded;
-    let broken = |report: &PodReport| report.status.phase != PodPhase::Succeeded && container_failure(report).is_none();
+    let broken = |report: &PodReport| {
+        report.status.phase != PodPhase::Succeeded && container_failure(report).is_none()
+    };
     match reports {
         [only] if failed(&only) => container_failure(only).unwrap_or(EXIT_HUSK_FAILED),
         _ if reports.iter().any(broken) => EXIT_HUSK_FAILED,
@@ -77,15 +79,21 @@ fn remark(reason: &str, message: &str) -> String {
 /// The closing tables of a pod.
 pub(super) fn text(metadata: &PodMetadata, report: &PodReport, host_kernel: &str) -> String {
     let status = &report.status;
-    let mut out = format!("\npod {}/{}: {}", metadata.namespace, metadata.name, status.phase.as_str());
+    let mut out =
+        format!("\npod {}/{}: {}", metadata.namespace, metadata.name, status.phase.as_str());
     if !status.reason.is_empty() {
         out.push_str(&format!(" ({})", remark(&status.reason, &status.message)));
     }
     out.push('\n');
     let mut table = Table::new();
-    table
-        .load_style(presets::NOTHING)
-        .set_header(["CONTAINER", "KIND", "STATE", "EXIT CODE", "RESTARTS", "REASON"]);
+    table.load_style(presets::NOTHING).set_header([
+        "CONTAINER",
+        "KIND",
+        "STATE",
+        "EXIT CODE",
+        "RESTARTS",
+        "REASON",
+    ]);
     for container in &status.containers {
         let (state, code, mut reason) = cells(container);
         // The pod's own reason stands above already.
@@ -248,10 +256,9 @@ pub(super) fn json(
                 end_ns: *end_ns,
             })
             .collect(),
-        measured: measured.as_ref().map(|Measured { vmm, agent_rss }| JsonMeasured {
-            vmm,
-            agent_rss_bytes: *agent_rss,
-        }),
+        measured: measured
+            .as_ref()
+            .map(|Measured { vmm, agent_rss }| JsonMeasured { vmm, agent_rss_bytes: *agent_rss }),
     })
 }
 

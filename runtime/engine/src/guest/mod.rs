@@ -213,7 +213,10 @@ async fn channel(stream: UnixStream) -> Result<Channel, tonic::transport::Error>
     let mut stream = Some(stream);
     let connector = tower::service_fn(move |_: http::Uri| {
         let stream = stream.take().ok_or_else(|| {
-            std::io::Error::new(std::io::ErrorKind::NotConnected, "the agent's connection is closed")
+            std::io::Error::new(
+                std::io::ErrorKind::NotConnected,
+                "the agent's connection is closed",
+            )
         });
         std::future::ready(stream.map(TokioIo::new))
     });
@@ -237,7 +240,10 @@ impl Guest {
     ///
     /// # Errors
     /// [`GuestError`].
-    pub async fn setup_pod(&self, request: proto::SetupPodRequest) -> Result<GuestInfo, GuestError> {
+    pub async fn setup_pod(
+        &self,
+        request: proto::SetupPodRequest,
+    ) -> Result<GuestInfo, GuestError> {
         let proto::SetupPodResponse { kernel_release, init_ns, ready_ns } =
             call!(self, setup_pod, "SetupPod", request)?;
         Ok(GuestInfo { kernel_release: clean(&kernel_release), init_ns, ready_ns })

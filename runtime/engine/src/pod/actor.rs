@@ -173,12 +173,7 @@ impl<R: Runtime> Actor<R> {
     }
 
     /// Begins what an action says, in a task of its own: the actor itself never waits.
-    fn act(
-        &self,
-        action: Action,
-        tasks: &mut JoinSet<()>,
-        events: &mpsc::UnboundedSender<Event>,
-    ) {
+    fn act(&self, action: Action, tasks: &mut JoinSet<()>, events: &mpsc::UnboundedSender<Event>) {
         let runtime = self.runtime.clone();
         let events = events.clone();
         // The receiver outlives the tasks.
@@ -200,8 +195,11 @@ impl<R: Runtime> Actor<R> {
                     match runtime.signal(index, by).await {
                         Ok(()) => {}
                         Err(error) if error.is_fatal() => report(vm_lost(chain(&error))),
-                        Err(error) => tracing::warn!(container = index, error = chain(&error),
-                            "cannot signal a container"),
+                        Err(error) => tracing::warn!(
+                            container = index,
+                            error = chain(&error),
+                            "cannot signal a container"
+                        ),
                     }
                 });
             }

@@ -23,18 +23,18 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use self::actor::{Actor, Clock, Command};
-use self::prepare::Prepared;
-use self::state::{Event, Machine};
-use self::timeline::Timeline;
-use self::undo::Undo;
 pub use self::images::{ImageError, Images, ResolvedImage, Resolving};
 pub use self::logs::{LogChunk, Stream};
 pub use self::prepare::PrepareError;
+use self::prepare::Prepared;
 pub use self::rundir::RunDirError;
+use self::state::{Event, Machine};
 pub use self::status::{
     ContainerState, ContainerStatus, EndReason, PodPhase, PodStatus, Terminated,
 };
+use self::timeline::Timeline;
 pub use self::timeline::{Step, monotonic_ns};
+use self::undo::Undo;
 use crate::guest::GuestInfo;
 use crate::paths::Config;
 use crate::types::PodSpec;

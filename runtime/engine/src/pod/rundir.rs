@@ -80,7 +80,12 @@ impl RunDir {
     /// Makes a new file in it.
     pub(super) fn create_file(&self, name: &str) -> Result<File, RunDirError> {
         let path = self.path.join(name);
-        File::options().read(true).write(true).create_new(true).open(&path).map_err(io("create", &path))
+        File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(io("create", &path))
     }
 }
 

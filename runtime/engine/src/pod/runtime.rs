@@ -128,7 +128,9 @@ impl GuestRuntime {
             Ok::<_, String>(Measured { vmm, agent_rss: stats.agent_rss })
         };
         match tokio::time::timeout(MEASURE_LIMIT, ask).await {
-            Ok(Ok(measured)) => self.0.findings.update(|findings| findings.measured = Some(measured)),
+            Ok(Ok(measured)) => {
+                self.0.findings.update(|findings| findings.measured = Some(measured))
+            }
             Ok(Err(error)) => tracing::warn!(error, "the guest does not tell what it counted"),
             Err(_) => tracing::warn!("the guest does not tell what it counted in time"),
         }
@@ -226,7 +228,10 @@ impl Runtime for GuestRuntime {
         match tokio::time::timeout(SHUTDOWN_LIMIT, shut_down).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => {
-                tracing::warn!(error = chain(&error), "the guest does not shut down: its VM is ended");
+                tracing::warn!(
+                    error = chain(&error),
+                    "the guest does not shut down: its VM is ended"
+                );
                 guest.vm().kill().await;
             }
             Err(_) => {

@@ -102,9 +102,15 @@ enum Stage {
     Initializing(Index),
     Running,
     /// Whether SIGKILL was sent already.
-    Stopping { killed: bool },
+    Stopping {
+        killed: bool,
+    },
     PoweringOff,
-    Ended { phase: PodPhase, reason: &'static str, message: String },
+    Ended {
+        phase: PodPhase,
+        reason: &'static str,
+        message: String,
+    },
 }
 
 /// Where a container is in its life.
@@ -112,11 +118,20 @@ enum Stage {
 enum Activity {
     Idle,
     Starting,
-    Up { since: Moment, told_to_end: bool },
-    BackingOff { delay: Duration, ended: Terminated },
+    Up {
+        since: Moment,
+        told_to_end: bool,
+    },
+    BackingOff {
+        delay: Duration,
+        ended: Terminated,
+    },
     Done(Terminated),
     /// It concerns this container that the pod could not be prepared.
-    Blocked { reason: &'static str, message: String },
+    Blocked {
+        reason: &'static str,
+        message: String,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -325,7 +340,14 @@ impl Machine {
             Some(Activity::Up { since, .. }) => Some(since.wall),
             _ => None,
         };
-        Terminated { exit_code, signal, reason, message: String::new(), started_at, finished_at: at }
+        Terminated {
+            exit_code,
+            signal,
+            reason,
+            message: String::new(),
+            started_at,
+            finished_at: at,
+        }
     }
 
     /// A run of a container has ended, or could not begin.
@@ -442,9 +464,7 @@ impl Machine {
 
     /// The phase of a pod in which nothing will be started any more.
     fn verdict(&self) -> PodPhase {
-        let succeeded = |container: &Container| {
-            matches!(&container.activity, Activity::Done(ended) if ended.exit_code == 0)
-        };
+        let succeeded = |container: &Container| matches!(&container.activity, Activity::Done(ended) if ended.exit_code == 0);
         if self.mains().all(succeeded) { PodPhase::Succeeded } else { PodPhase::Failed }
     }
 
@@ -453,7 +473,9 @@ impl Machine {
         let (phase, reason, message) = match &self.stage {
             Stage::Preparing | Stage::Initializing(_) => (PodPhase::Pending, "", ""),
             // Kubernetes has no phase for what comes between running and final.
-            Stage::Running | Stage::Stopping { .. } | Stage::PoweringOff => (PodPhase::Running, "", ""),
+            Stage::Running | Stage::Stopping { .. } | Stage::PoweringOff => {
+                (PodPhase::Running, "", "")
+            }
             Stage::Ended { phase, reason, message } => (*phase, *reason, message.as_str()),
         };
         PodStatus {
@@ -482,7 +504,11 @@ impl Container {
             Activity::Up { since, .. } => ContainerState::Running { started_at: since.wall },
             Activity::BackingOff { delay, .. } => waiting(
                 "CrashLoopBackOff",
-                format!("back-off {} s before container {} is started again", delay.as_secs(), self.name),
+                format!(
+                    "back-off {} s before container {} is started again",
+                    delay.as_secs(),
+                    self.name
+                ),
             ),
             Activity::Done(ended) => ContainerState::Terminated(ended.clone()),
             Activity::Blocked { reason, message } => waiting(reason, message.clone()),
@@ -491,7 +517,13 @@ impl Container {
             Activity::BackingOff { ended, .. } => Some(ended.clone()),
             _ => self.last.clone(),
         };
-        ContainerStatus { name: self.name.clone(), kind: self.kind, state, last, restarts: self.restarts }
+        ContainerStatus {
+            name: self.name.clone(),
+            kind: self.kind,
+            state,
+            last,
+            restarts: self.restarts,
+        }
     }
 }
 

@@ -48,7 +48,11 @@ impl Timeline {
     }
 
     /// Records how long this takes, whether it succeeds or not.
-    pub(super) async fn during<T>(&self, name: impl Into<String>, what: impl Future<Output = T>) -> T {
+    pub(super) async fn during<T>(
+        &self,
+        name: impl Into<String>,
+        what: impl Future<Output = T>,
+    ) -> T {
         let begin = monotonic_ns();
         let result = what.await;
         self.push(name.into(), begin, monotonic_ns());
@@ -96,8 +100,7 @@ mod tests {
         timeline.push("spawn".into(), zero + 10, zero + 20);
         timeline.push("ready".into(), zero + 20, zero + 70);
         let steps = timeline.steps(&[(Phase::Kvm, zero + 30), (Phase::Init, zero + 60)]);
-        let steps: Vec<_> =
-            steps.iter().map(|s| (s.name.as_str(), s.begin_ns, s.end_ns)).collect();
+        let steps: Vec<_> = steps.iter().map(|s| (s.name.as_str(), s.begin_ns, s.end_ns)).collect();
         assert_eq!(
             steps,
             [("spawn", 10, 20), ("vm: KVM", 30, 30), ("vm: init", 30, 60), ("ready", 20, 70)]

@@ -46,7 +46,8 @@ pub(super) fn disk(config: &Config, bytes: u64) -> Result<File, StorageError> {
     let template = template(&config.templates_dir(), bytes)?;
     let dir = config.scratch_dir();
     std::fs::create_dir_all(&dir).map_err(|source| StorageError::io("create", &dir, source))?;
-    let disk = nameless(&dir).map_err(|source| StorageError::io("create a file in", &dir, source))?;
+    let disk =
+        nameless(&dir).map_err(|source| StorageError::io("create a file in", &dir, source))?;
     sparse::copy(&template, &disk)
         .map_err(|source| StorageError::io("write a disk in", &dir.join("disk"), source))?;
     Ok(disk)

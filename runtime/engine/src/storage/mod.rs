@@ -276,7 +276,10 @@ impl Layout {
             let (image, read_only) = match source {
                 Source::Layer(file) => {
                     let layer = serial.clone();
-                    (file.try_clone().map_err(|source| StorageError::Layer { layer, source })?, true)
+                    (
+                        file.try_clone().map_err(|source| StorageError::Layer { layer, source })?,
+                        true,
+                    )
                 }
                 Source::Scratch(bytes) => (ext4::disk(config, *bytes)?, false),
                 Source::Volume(bytes) => (ext4::disk(config, ext4::size_to_hold(*bytes)?)?, false),

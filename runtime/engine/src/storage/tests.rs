@@ -79,7 +79,9 @@ fn a_layer_that_occurs_twice_in_an_image_counts_where_it_is_uppermost() {
 fn layers_that_cannot_be_told_apart_are_refused() {
     let refused = layout(&spec(&[]), &containers(vec![vec![layer(1), layer(2)]]), 1 << 30);
     assert!(matches!(refused, Err(StorageError::BadDigest { .. })));
-    for digest in ["", "sha256", "sha256:12", "sha256:../../../../../../x", "sha256:ABCDEFABCDEFABCDEFABCDEF"] {
+    for digest in
+        ["", "sha256", "sha256:12", "sha256:../../../../../../x", "sha256:ABCDEFABCDEFABCDEFABCDEF"]
+    {
         let bad = Layer { diff_id: digest.into(), ..layer(1) };
         let refused = layout(&spec(&[]), &containers(vec![vec![bad]]), 1 << 30);
         assert!(matches!(refused, Err(StorageError::BadDigest { .. })), "{digest}");

@@ -297,6 +297,8 @@ mod tests {
         let (_dir, path) = file_of(&archive);
         open_initramfs(&path).unwrap();
         let (_dir, path) = file_of(b"\x1f\x8b compressed");
-        assert!(open_initramfs(&path).unwrap_err().to_string().contains("not an uncompressed cpio"));
+        assert!(
+            open_initramfs(&path).unwrap_err().to_string().contains("not an uncompressed cpio")
+        );
     }
 }

@@ -155,7 +155,9 @@ impl std::fmt::Display for VmExit {
             VmExit::Reported(exit) => exit.fmt(f),
             VmExit::Died { status, stderr_tail } => {
                 match status {
-                    Some(status) => write!(f, "the VMM's process ended without a report ({status})")?,
+                    Some(status) => {
+                        write!(f, "the VMM's process ended without a report ({status})")?
+                    }
                     None => f.write_str("the VMM's process ended without a report")?,
                 }
                 if !stderr_tail.is_empty() {
@@ -275,9 +277,7 @@ impl Vm {
         let mut exit = self.exit.clone();
         let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
         // Without a driver (its runtime is shutting down) nothing more can be learned.
-        ended.unwrap_or_else(|| {
-            Arc::new(VmExit::Died { status: None, stderr_tail: String::new() })
-        })
+        ended.unwrap_or_else(|| Arc::new(VmExit::Died { status: None, stderr_tail: String::new() }))
     }
 
     /// Ends the VM now, without telling the guest: asks the VMM, and kills its process if it does

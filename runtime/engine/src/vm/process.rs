@@ -58,11 +58,7 @@ pub(super) async fn spawn(program: &Path, control: OwnedFd) -> Result<VmmProcess
 }
 
 /// The thread that starts the process, keeps the end of what it writes, and reaps it.
-fn parent(
-    program: &Path,
-    control: OwnedFd,
-    report: oneshot::Sender<std::io::Result<VmmProcess>>,
-) {
+fn parent(program: &Path, control: OwnedFd, report: oneshot::Sender<std::io::Result<VmmProcess>>) {
     let stderr = Arc::new(Mutex::new(Tail::default()));
     let (report_end, ended) = oneshot::channel();
     let started = start(program, control).and_then(|(child, pidfd)| {

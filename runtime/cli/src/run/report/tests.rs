@@ -58,7 +58,8 @@ fn exit_codes_are_those_of_the_help() {
 #[test]
 fn the_table_has_a_line_for_each_container_and_step() {
     let report = report(PodPhase::Failed, "", vec![ended("web", ContainerKind::Main, 143)]);
-    let metadata = PodMetadata { name: "p".into(), namespace: "n".into(), ..PodMetadata::default() };
+    let metadata =
+        PodMetadata { name: "p".into(), namespace: "n".into(), ..PodMetadata::default() };
     let text = text(&metadata, &report, "6.1");
     let line = text.lines().find(|line| line.contains("web")).unwrap_or_default();
     let words: Vec<&str> = line.split_whitespace().collect();

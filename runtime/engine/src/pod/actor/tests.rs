@@ -301,7 +301,10 @@ async fn programs_that_cannot_be_started_and_containers_that_are_refused_differ_
     assert_eq!(status.phase, PodPhase::Failed);
     assert_eq!(exit_codes(&status), [Some(127), Some(128)]);
     let ContainerState::Terminated(refused) = &status.containers[1].state else { panic!() };
-    assert_eq!((refused.reason, refused.message.as_str()), (EndReason::StartError, "no such thing"));
+    assert_eq!(
+        (refused.reason, refused.message.as_str()),
+        (EndReason::StartError, "no such thing")
+    );
 }
 
 #[test]

@@ -187,9 +187,10 @@ fn restarts_back_off_and_are_counted() {
         if let [StartAfter(0, delay)] = actions[..] {
             delays.push(delay.as_secs());
             let status = pod.status().containers.remove(0);
-            assert!(
-                matches!(status.state, ContainerState::Waiting { reason: "CrashLoopBackOff", .. })
-            );
+            assert!(matches!(
+                status.state,
+                ContainerState::Waiting { reason: "CrashLoopBackOff", .. }
+            ));
             assert_eq!(status.last.map(|last| last.exit_code), Some(1));
             assert_eq!(feed(&mut pod, vec![Event::BackoffElapsed(0)]), [Start(0)]);
         }
@@ -214,7 +215,9 @@ fn a_program_that_cannot_be_started_ends_with_its_code_and_reason() {
     feed(&mut pod, vec![Event::VmEnded]);
     let status = pod.status();
     assert_eq!(status.phase, PodPhase::Failed);
-    let ContainerState::Terminated(ended) = &status.containers[0].state else { panic!("{status:?}") };
+    let ContainerState::Terminated(ended) = &status.containers[0].state else {
+        panic!("{status:?}")
+    };
     assert_eq!((ended.exit_code, ended.reason), (127, EndReason::StartError));
     assert_eq!(ended.message, "exec: \"foo\": not found");
     assert_eq!(ended.started_at, None);
