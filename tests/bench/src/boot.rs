@@ -76,24 +76,40 @@ struct Resident {
 
 fn resident(pid: u32) -> Result<Resident> {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let memory = parse_smaps(&smaps)?;
-    ensure!(memory.guest > 0, "no guest memory found in the VMM's mappings");
-    Ok(memory)
+    parse_smaps(&smaps, u64::from(MEMORY_MIB) * KIB * KIB)
 }
 
-/// Guest memory is what the VMM named so, and what it mapped over that from kernel and initramfs.
-fn parse_smaps(smaps: &str) -> Result<Resident> {
-    let (mut guest, mut vmm) = (0, 0);
-    let mut is_guest = false;
+/// Tells guest memory from the VMM's own: the one run of adjacent mappings that is as large as it.
+fn parse_smaps(smaps: &str, memory_len: u64) -> Result<Resident> {
+    let mut runs: Vec<Run> = Vec::new();
     for line in smaps.lines() {
         if let Some(kib) = line.strip_prefix("Rss:") {
             let kib: u64 = kib.trim().trim_end_matches(" kB").parse()?;
-            *(if is_guest { &mut guest } else { &mut vmm }) += kib * KIB;
-        } else if line.split_whitespace().next().is_some_and(|word| word.contains('-')) {
-            is_guest = ["husk-guest", "vmlinux", "initramfs.cpio"].iter().any(|n| line.contains(n));
+            runs.last_mut().context("Rss before any mapping")?.resident += kib * KIB;
+        } else if let Some((start, end)) = mapping(line) {
+            match runs.last_mut() {
+                Some(run) if run.end == start => run.end = end,
+                _ => runs.push(Run { start, end, resident: 0 }),
+            }
         }
     }
-    Ok(Resident { guest, vmm })
+    let (guest, vmm): (Vec<_>, Vec<_>) =
+        runs.iter().partition(|run| run.end - run.start >= memory_len);
+    ensure!(guest.len() == 1, "{} mappings could be guest memory", guest.len());
+    let sum = |runs: Vec<&Run>| runs.iter().map(|run| run.resident).sum();
+    Ok(Resident { guest: sum(guest), vmm: sum(vmm) })
+}
+
+struct Run {
+    start: u64,
+    end: u64,
+    resident: u64,
+}
+
+/// The range of a mapping's first line, `START-END PERMISSIONS ...`.
+fn mapping(line: &str) -> Option<(u64, u64)> {
+    let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+    Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
 }
 
 /// Asks the agent for its own resident memory.
@@ -124,15 +140,16 @@ mod tests {
 00400000-00500000 r-xp 00000000 08:01 12 /opt/husk/bin/husk-vmm
 Size:               1024 kB
 Rss:                 300 kB
-7f0000000000-7f0010000000 rw-p 00000000 00:00 0 [anon:husk-guest]
+7f0000000000-7f0008000000 rw-p 00000000 00:00 0
 Rss:               20000 kB
-7f0001000000-7f0002000000 rw-p 00200000 08:01 13 /opt/husk/share/vmlinux
+7f0008000000-7f0010000000 rw-p 00000000 00:00 0
 Rss:                4000 kB
 7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]
 Rss:                  16 kB
 VmFlags: rd wr mr
 ";
         let expected = Resident { guest: 24000 * KIB, vmm: 316 * KIB };
-        assert_eq!(parse_smaps(smaps).unwrap(), expected);
+        assert_eq!(parse_smaps(smaps, 256 << 20).unwrap(), expected);
+        assert!(parse_smaps(smaps, 512 << 20).is_err());
     }
 }

@@ -19,7 +19,7 @@ spec:
   restartPolicy: Never
   containers:
   - name: main
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:bench
     command: ['true']
 ";
 
@@ -35,7 +35,7 @@ pub(crate) fn compare(setup: &Setup) -> Result<Vec<String>> {
         command
     };
     let layout = setup.busybox.to_str().context("the layout's path is not UTF-8")?;
-    run(husk(&["image", "import", layout, "localhost/husk/busybox"]))?;
+    run(husk(&["image", "import", layout, "localhost/husk/busybox:bench"]))?;
     let bundle = dir.path().join("bundle");
     make_bundle(&setup.busybox, &bundle)?;
 

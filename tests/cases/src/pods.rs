@@ -11,7 +11,8 @@ use serde_json::Value;
 
 use crate::place;
 
-/// Images that every test may use, as `localhost/husk/NAME`.
+/// Images that every test may use: as `localhost/husk/NAME:test`, and without a tag for the examples,
+/// which say `imagePullPolicy: IfNotPresent`.
 const IMAGES: [&str; 4] = ["busybox", "debian", "nginx", "redis"];
 
 /// An installed husk with the test images in its store.
@@ -40,10 +41,13 @@ impl Husk {
             if !marker.exists() {
                 let layout = place::tree().join("images").join(image);
                 let layout = layout.to_str().context("the tree's path is not UTF-8")?;
-                let name = format!("localhost/husk/{image}");
-                let output = husk.output(&["image", "import", layout, &name])?;
-                let text = String::from_utf8_lossy(&output.stderr);
-                ensure!(output.status.success(), "cannot import {image}: {text}");
+                for name in
+                    [format!("localhost/husk/{image}"), format!("localhost/husk/{image}:test")]
+                {
+                    let output = husk.output(&["image", "import", layout, &name])?;
+                    let text = String::from_utf8_lossy(&output.stderr);
+                    ensure!(output.status.success(), "cannot import {image}: {text}");
+                }
                 File::create(marker)?;
             }
         }
@@ -192,7 +196,7 @@ spec:
   restartPolicy: Never
   containers:
   - name: main
-    image: localhost/husk/{image}
+    image: localhost/husk/{image}:test
     command:
     - sh
     - -c

@@ -219,7 +219,10 @@ fn a_manifest_that_is_wrong_never_becomes_a_vm() -> Result<()> {
             &pods::one("busybox", "true", "    resources: {limits: {memory: 8Mi, cpu: 1}}"),
             "spec.containers[0].resources.limits.memory",
         ),
-        (&pods::shell("true").replace("husk/busybox", "husk/nope"), "localhost/husk/nope"),
+        (
+            &pods::shell("true").replace("husk/busybox:test", "husk/nope:test"),
+            "localhost/husk/nope",
+        ),
     ];
     for (manifest, words) in cases {
         let pod = husk.run(manifest)?;

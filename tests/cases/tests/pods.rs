@@ -41,7 +41,7 @@ fn a_program_that_cannot_be_run_is_told_as_runc_tells_it() -> Result<()> {
     let with_command = |command: &str| {
         format!(
             "apiVersion: v1\nkind: Pod\nmetadata: {{name: case}}\nspec:\n  restartPolicy: Never\n  \
-             containers:\n  - name: main\n    image: localhost/husk/busybox\n    command: {command}\n"
+             containers:\n  - name: main\n    image: localhost/husk/busybox:test\n    command: {command}\n"
         )
     };
     let cases = [
@@ -75,16 +75,16 @@ spec:
   restartPolicy: Never
   initContainers:
   - name: one
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:test
     command: [sh, -c, 'sleep 1; echo one >> /data/order']
     volumeMounts: [{name: data, mountPath: /data}]
   - name: two
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:test
     command: [sh, -c, 'echo two >> /data/order; exit CODE']
     volumeMounts: [{name: data, mountPath: /data}]
   containers:
   - name: main
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:test
     command: [cat, /data/order]
     volumeMounts: [{name: data, mountPath: /data}]
   volumes: [{name: data, emptyDir: {}}]
@@ -108,7 +108,7 @@ spec:
   restartPolicy: OnFailure
   containers:
   - name: main
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:test
     command: [sh, -c, 'echo run >> /data/runs; test $(wc -l < /data/runs) -ge 2']
     volumeMounts: [{name: data, mountPath: /data}]
   volumes: [{name: data, emptyDir: {}}]
@@ -129,11 +129,11 @@ spec:
   hostname: shell
   containers:
   - name: server
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:test
     command: [sh, -c, 'echo private > /private; echo hi | nc -l -p 7000; echo served']
     volumeMounts: [{name: memory, mountPath: /shared}]
   - name: client
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:test
     command:
     - sh
     - -c
@@ -165,12 +165,12 @@ spec:
   terminationGracePeriodSeconds: 20
   initContainers:
   - name: side
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:test
     restartPolicy: Always
     command: [sh, -c, 'trap "echo stopping; exit 0" TERM; echo up; while :; do sleep 0.2; done']
   containers:
   - name: main
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:test
     command: [sh, -c, 'sleep 1; echo done']
 "#;
     let pod = Husk::shared()?.run(manifest)?.succeeded()?;
@@ -191,7 +191,7 @@ spec:
   securityContext: {runAsUser: 1000, runAsGroup: 2000, fsGroup: 3000, supplementalGroups: [4000]}
   containers:
   - name: main
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:test
     workingDir: /data
     env:
     - {name: GREETING, value: hello}
@@ -264,11 +264,11 @@ spec:
   restartPolicy: Never
   initContainers:
   - name: redis
-    image: localhost/husk/redis
+    image: localhost/husk/redis:test
     restartPolicy: Always
   containers:
   - name: client
-    image: localhost/husk/debian
+    image: localhost/husk/debian:test
     command:
     - python3
     - -c

@@ -55,11 +55,11 @@ spec:
   restartPolicy: Never
   containers:
   - name: greedy
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:test
     command: [sh, -c, 'tail /dev/zero']
     resources: {limits: {memory: 32Mi, cpu: 1}}
   - name: sibling
-    image: localhost/husk/busybox
+    image: localhost/husk/busybox:test
     command: [sh, -c, 'sleep 8; echo fine']
     resources: {limits: {memory: 64Mi, cpu: 1}}
 "#;

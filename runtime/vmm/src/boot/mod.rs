@@ -57,8 +57,8 @@ pub struct LoadedKernel {
     pub end: u64,
 }
 
-/// Loads an uncompressed ELF kernel: each segment is mapped from the file where alignment allows, and
-/// `.bss` is what guest memory is anyway: zero.
+/// Loads an uncompressed ELF kernel: each segment to its physical address; `.bss` is what guest memory
+/// is anyway: zero.
 ///
 /// # Errors
 /// It is not such a file, is truncated, or does not fit.

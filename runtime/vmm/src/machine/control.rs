@@ -43,11 +43,21 @@ impl HostSink for Host {
     }
 
     fn connected(&mut self, id: u32) {
-        tell(&self.0, &Event::VsockConnected { id });
+        self.answer(&Event::VsockConnected { id });
     }
 
     fn refused(&mut self, id: u32, reason: &str) {
-        tell(&self.0, &Event::VsockRefused { id, reason: reason.to_owned() });
+        self.answer(&Event::VsockRefused { id, reason: reason.to_owned() });
+    }
+}
+
+impl Host {
+    /// Never blocks, since it is called on the device's thread. A pod's process that lets its queue
+    /// run full loses the answer; it sees the connection's own socket come to life or close.
+    fn answer(&self, event: &Event) {
+        if let Err(error) = self.0.try_send(event, &[]) {
+            tracing::warn!(%error, ?event, "the pod's process takes no answer");
+        }
     }
 }
 
@@ -108,10 +118,8 @@ fn run_to_end(
             let message = machine.failure.message().unwrap_or_default();
             return Ok(outcome(Ending::Failure(message), &machine.console));
         }
-        if reported {
-            if let Some(ending) = forward(channel, phases, &reports) {
-                return Ok(outcome(ending, &machine.console));
-            }
+        if reported && let Some(ending) = forward(channel, phases, &reports) {
+            return Ok(outcome(ending, &machine.console));
         }
         if requested && handle_request(channel, phases, &machine)? {
             return Ok(Exit::Stopped);

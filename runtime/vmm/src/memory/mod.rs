@@ -1,7 +1,7 @@
 //! Guest memory: anonymous, private, reserved nowhere until touched.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::io::{self, Seek, SeekFrom};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -13,11 +13,8 @@ use vm_memory::{
 use crate::GuestMemory;
 use crate::arch::layout;
 
-/// Granule of mappings.
+/// Size of the guest's pages.
 pub const PAGE_SIZE: u64 = 4096;
-
-/// Name of guest memory in `/proc/PID/maps`, so that it can be told from the VMM's own.
-pub const MAPPING_NAME: &std::ffi::CStr = c"husk-guest";
 
 /// Guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +43,7 @@ pub enum MemoryError {
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// A file could not be mapped or read into guest memory.
+    /// A file could not be read into guest memory.
     #[error("cannot place {len} bytes at guest address {address:#x}")]
     Place {
         /// Guest-physical address.
@@ -92,28 +89,20 @@ pub fn map(mib: u32) -> Result<GuestMemory, MemoryError> {
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             .build()
             .map_err(|source| MemoryError::Map { len, source })?;
-        name(&mapping);
+        ask_for_huge_pages(&mapping);
         regions.push(GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Layout { mib })?);
     }
     GuestMemory::from_regions(regions).map_err(|_| MemoryError::Layout { mib })
 }
 
-/// Names a mapping for whoever reads `/proc/PID/smaps`. A kernel without `ANON_VMA_NAME` refuses;
-/// nothing depends on it.
-fn name(mapping: &MmapRegion<()>) {
-    // SAFETY: the range is the mapping's own, which is alive, and the name a NUL-terminated string
-    // that the kernel copies.
-    let named = unsafe {
-        libc::prctl(
-            libc::PR_SET_VMA,
-            libc::PR_SET_VMA_ANON_NAME,
-            mapping.as_ptr(),
-            mapping.size(),
-            MAPPING_NAME.as_ptr(),
-        )
-    };
-    if named != 0 {
-        tracing::debug!("this kernel does not name anonymous memory");
+/// Asks for huge pages: each saves the guest 511 faults on its way up, each of which leaves the
+/// guest and comes back. A host that has them switched off refuses; it is slower there, not wrong.
+fn ask_for_huge_pages(mapping: &MmapRegion<()>) {
+    // SAFETY: the range is the mapping's own, which is alive; the advice changes no content.
+    let advised =
+        unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE) };
+    if advised != 0 {
+        tracing::debug!("this host gives no huge pages to guest memory");
     }
 }
 
@@ -142,17 +131,13 @@ pub fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError> {
     Ok(())
 }
 
-/// Places `len` bytes of `file`, from `offset`, at guest address `address`.
+/// Copies `len` bytes of `file`, from `offset`, to guest address `address`.
 ///
-/// Where the page offsets of both agree the file is mapped over guest memory, private and
-/// copy-on-write: nothing is read until the guest touches it, and all VMs of a host share the pages
-/// that they do not write. Otherwise it is copied. Bytes of the last page behind the file's part are
-/// zeroed.
-///
-/// The file must not shrink while the VM runs: the guest's access to what is gone would end the VM.
+/// Copied, not mapped: guest memory is made of huge pages where the host has them, and a page of a
+/// mapped file would be a fault of its own, twice if it is written (docs/adr/0002).
 ///
 /// # Errors
-/// The range is not in guest memory, or the file cannot be mapped or read.
+/// The range is not in guest memory, or the file cannot be read that far.
 pub fn place_file(
     memory: &GuestMemory,
     file: &File,
@@ -160,73 +145,14 @@ pub fn place_file(
     address: GuestAddress,
     len: u64,
 ) -> Result<(), MemoryError> {
-    if len == 0 {
-        return Ok(());
-    }
-    let no_range = || MemoryError::NoSuchRange { address: address.0, len };
+    let size = usize::try_from(len).ok().filter(|size| memory.check_range(address, *size));
+    let size = size.ok_or(MemoryError::NoSuchRange { address: address.0, len })?;
     let failed = |source| MemoryError::Place { address: address.0, len, source };
-    let delta = offset.checked_rem(PAGE_SIZE).unwrap_or_default();
-    if delta != address.0.checked_rem(PAGE_SIZE).unwrap_or_default() {
-        return copy_file(memory, file, offset, address, len);
-    }
-    // The mapping covers whole pages. What it drags in before `address` belongs to the file's
-    // preceding bytes; boot images have nothing else on that page.
-    let start = GuestAddress(address.0.checked_sub(delta).ok_or_else(no_range)?);
-    let file_start = offset.checked_sub(delta).ok_or_else(no_range)?;
-    let used = len.checked_add(delta).ok_or_else(no_range)?;
-    let mapped = used.checked_next_multiple_of(PAGE_SIZE).ok_or_else(no_range)?;
-    let (region, inside) = memory.to_region_addr(start).ok_or_else(no_range)?;
-    let room = region.len().checked_sub(inside.0).ok_or_else(no_range)?;
-    if mapped > room {
-        return Err(no_range());
-    }
-    let (Ok(size), Ok(inside), Ok(file_start)) =
-        (usize::try_from(mapped), usize::try_from(inside.0), i64::try_from(file_start))
-    else {
-        return Err(no_range());
-    };
-    // SAFETY: the range [inside, inside + size) lies in the region's mapping (checked above), which
-    // is ours alone: MAP_FIXED replaces pages of it and nothing else. The region unmaps its whole
-    // range when it is dropped, these pages included. `VolatileSlice`s into it stay valid.
-    let placed = unsafe {
-        libc::mmap(
-            region.as_ptr().add(inside).cast(),
-            size,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
-            file.as_raw_fd(),
-            file_start,
-        )
-    };
-    if placed == libc::MAP_FAILED {
-        return Err(failed(std::io::Error::last_os_error()));
-    }
-    let tail = usize::try_from(mapped.saturating_sub(used)).map_err(|_| no_range())?;
-    if tail > 0 {
-        let end = GuestAddress(start.0.checked_add(used).ok_or_else(no_range)?);
-        memory
-            .write_slice(&vec![0; tail], end)
-            .map_err(|error| failed(std::io::Error::other(error)))?;
-    }
-    Ok(())
-}
-
-fn copy_file(
-    memory: &GuestMemory,
-    file: &File,
-    offset: u64,
-    address: GuestAddress,
-    len: u64,
-) -> Result<(), MemoryError> {
-    use std::io::{Seek, SeekFrom};
-    let failed = |source| MemoryError::Place { address: address.0, len, source };
-    let size =
-        usize::try_from(len).map_err(|_| MemoryError::NoSuchRange { address: address.0, len })?;
     let mut reader = file;
     reader.seek(SeekFrom::Start(offset)).map_err(failed)?;
     memory
-        .read_exact_volatile_from(address, &mut &*reader, size)
-        .map_err(|error| failed(std::io::Error::other(error)))
+        .read_exact_volatile_from(address, &mut reader, size)
+        .map_err(|error| failed(io::Error::other(error)))
 }
 
 #[cfg(test)]
@@ -259,33 +185,23 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_mapped_and_the_rest_of_its_last_page_is_zero() {
+    fn a_part_of_a_file_is_placed_and_nothing_beside_it() {
         let memory = map(48).unwrap();
-        memory.write_slice(&[0xff; 3 * 4096], GuestAddress(0x10_0000)).unwrap();
-        let bytes: Vec<u8> = (0..10_000_u32).map(|i| i as u8).collect();
-        place_file(&memory, &file(&bytes), 4096, GuestAddress(0x10_0000), 5000).unwrap();
-        assert_eq!(read(&memory, 0x10_0000, 5000), bytes[4096..9096]);
-        assert_eq!(read(&memory, 0x10_0000 + 5000, 3192), vec![0; 3192]);
-        assert_eq!(read(&memory, 0x10_0000 + 8192, 4096), vec![0xff; 4096]);
-    }
-
-    #[test]
-    fn the_guest_never_writes_into_the_file() {
-        let memory = map(48).unwrap();
-        let file = file(&[7; 4096]);
-        place_file(&memory, &file, 0, GuestAddress(0x20_0000), 4096).unwrap();
-        memory.write_slice(&[1; 4096], GuestAddress(0x20_0000)).unwrap();
-        let mut back = [0; 4096];
-        std::os::unix::fs::FileExt::read_exact_at(&file, &mut back, 0).unwrap();
-        assert_eq!(back, [7; 4096]);
-    }
-
-    #[test]
-    fn an_unaligned_part_is_copied() {
-        let memory = map(48).unwrap();
+        memory.write_slice(&[0xff; 0x4000], GuestAddress(0x10_0000)).unwrap();
         let bytes: Vec<u8> = (0..9000_u32).map(|i| (i * 7) as u8).collect();
-        place_file(&memory, &file(&bytes), 100, GuestAddress(0x10_0000), 8000).unwrap();
-        assert_eq!(read(&memory, 0x10_0000, 8000), bytes[100..8100]);
+        place_file(&memory, &file(&bytes), 100, GuestAddress(0x10_0010), 8000).unwrap();
+        assert_eq!(read(&memory, 0x10_0010, 8000), bytes[100..8100]);
+        assert_eq!(read(&memory, 0x10_0000, 16), [0xff; 16]);
+        assert_eq!(read(&memory, 0x10_0010 + 8000, 16), [0xff; 16]);
+    }
+
+    #[test]
+    fn a_file_that_ends_too_early_is_refused() {
+        let memory = map(48).unwrap();
+        assert!(matches!(
+            place_file(&memory, &file(&[1; 4096]), 4000, GuestAddress(0x10_0000), 4096),
+            Err(MemoryError::Place { len: 4096, .. })
+        ));
     }
 
     #[test]

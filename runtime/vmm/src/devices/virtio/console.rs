@@ -14,7 +14,7 @@ use crate::devices::console_log::ConsoleLog;
 pub const DEVICE_ID: u32 = 3;
 
 /// Entries of the receive and the transmit queue. Linux has one output buffer out at a time.
-const QUEUE_SIZES: &[u16] = &[64, 64];
+const QUEUE_SIZES: &[u16] = &[2, 64];
 
 /// The transmit queue's index.
 const TRANSMIT: usize = 1;
