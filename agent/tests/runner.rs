@@ -254,6 +254,71 @@ async fn a_terminal_is_one_and_can_be_resized() {
 }
 
 #[tokio::test]
+async fn an_added_process_can_have_a_terminal_and_input() {
+    let guest = Guest::boot().await;
+    guest.start("a", base_spec(&["sleep", "1000"]), Options::default()).await;
+    let mut process = exec_process(&["sh", "-c", "tty; read x; echo got $x; exit 4"]);
+    process["terminal"] = json!(true);
+    let options = Options { terminal: true, ..Options::default() };
+    let mut streams = guest.start_exec("a", "e", process, options).await.unwrap();
+    streams.read_until("/dev/pts/").await;
+    streams.write(b"line\n").await;
+    assert!(streams.rest().await.contains("got line\r\n"));
+    assert_eq!(guest.wait("a", "e").await.exit_code, 4);
+}
+
+#[tokio::test]
+async fn a_signal_can_go_to_every_process() {
+    let guest = Guest::boot().await;
+    // The first process has no handler, so that the kernel spares it: it is the container's init.
+    guest.start("a", base_spec(&["sleep", "1000"]), Options::default()).await;
+    for exec in ["e1", "e2"] {
+        let process = exec_process(&["sleep", "1000"]);
+        guest.start_exec("a", exec, process, Options::default()).await.unwrap();
+    }
+    guest.signal_all("a", 15).await.unwrap();
+    for exec in ["e1", "e2"] {
+        assert_eq!(guest.wait("a", exec).await.exit_code, 143);
+    }
+    assert_eq!(guest.list().await.len(), 1);
+    guest.signal_all("a", 9).await.unwrap();
+    assert_eq!(guest.wait("a", "").await.exit_code, 137);
+    assert_eq!(guest.signal_all("a", 9).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(guest.signal("a", "", 65).await.unwrap_err().code(), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn the_list_shows_every_state() {
+    use husk_proto::agent::container::State;
+    let guest = Guest::boot().await;
+    guest.create("created", base_spec(&["true"]), Options::default()).await;
+    guest.start("running", base_spec(&["sleep", "1000"]), Options::default()).await;
+    guest.run("stopped", &["true"]).await;
+    let states: Vec<_> =
+        guest.list().await.into_iter().map(|c| (c.id.clone(), c.state())).collect();
+    assert_eq!(
+        states,
+        [
+            ("created".to_owned(), State::Created),
+            ("running".to_owned(), State::Running),
+            ("stopped".to_owned(), State::Stopped)
+        ]
+    );
+}
+
+#[tokio::test]
+async fn waiting_may_begin_before_the_start_and_by_many() {
+    let guest = Guest::boot().await;
+    guest.create("a", base_spec(&["sh", "-c", "exit 5"]), Options::default()).await;
+    let start = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        guest.client().start_container(guest::start_id("a")).await.unwrap();
+    };
+    let (first, second, ()) = tokio::join!(guest.wait("a", ""), guest.wait("a", ""), start);
+    assert_eq!((first.exit_code, second.exit_code), (5, 5));
+}
+
+#[tokio::test]
 async fn requests_out_of_order_are_refused() {
     let guest = Guest::boot().await;
     let mut client = guest.client();

@@ -29,6 +29,12 @@ fn real_disks() -> bool {
     std::env::var_os("HUSK_TEST_REAL_DISKS").is_some()
 }
 
+/// The agent: that of the build, or where it was put for a test on another machine.
+fn agent_binary() -> String {
+    let built = env!("CARGO_BIN_EXE_husk-agent").to_owned();
+    std::env::var("HUSK_AGENT_BIN").unwrap_or(built)
+}
+
 /// A running agent with a pod that is set up: file systems `base` and `scratch`, a volume `v`.
 pub(crate) struct Guest {
     directory: tempfile::TempDir,
@@ -188,7 +194,7 @@ impl Guest {
         let script = format!(
             "echo 0 > {}/cgroup.procs && exec unshare --cgroup {}",
             cgroup.display(),
-            env!("CARGO_BIN_EXE_husk-agent")
+            agent_binary()
         );
         let process = Command::new("unshare")
             .args(["--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"])
@@ -335,8 +341,9 @@ impl Guest {
         id: &str,
         exec: &str,
         process: Value,
+        options: Options,
     ) -> Result<(wire::ExecProcessResponse, Option<Streams>), Status> {
-        let (stdio, accept) = self.streams(&Options::default());
+        let (stdio, accept) = self.streams(&options);
         let accept = tokio::spawn(accept);
         let request = wire::ExecProcessRequest {
             container_id: id.into(),
@@ -353,13 +360,24 @@ impl Guest {
     }
 
     pub(crate) async fn exec(&self, id: &str, exec: &str, process: Value) -> Result<Run, Status> {
-        let (response, streams) = self.try_exec(id, exec, process).await?;
+        let streams = self.start_exec(id, exec, process, Options::default()).await?;
+        let (stdout, stderr) = streams.finish(None).await;
+        Ok(Run { stdout, stderr, exit: self.wait(id, exec).await })
+    }
+
+    pub(crate) async fn start_exec(
+        &self,
+        id: &str,
+        exec: &str,
+        process: Value,
+        options: Options,
+    ) -> Result<Streams, Status> {
+        let (response, streams) = self.try_exec(id, exec, process, options).await?;
         match response.result {
             Some(exec_process_response::Result::Pid(pid)) => assert!(pid > 1),
             other => panic!("{other:?}"),
         }
-        let (stdout, stderr) = streams.unwrap().finish(None).await;
-        Ok(Run { stdout, stderr, exit: self.wait(id, exec).await })
+        Ok(streams.unwrap())
     }
 
     pub(crate) async fn exec_failure(
@@ -368,7 +386,7 @@ impl Guest {
         exec: &str,
         process: Value,
     ) -> wire::StartFailure {
-        match self.try_exec(id, exec, process).await.unwrap().0.result {
+        match self.try_exec(id, exec, process, Options::default()).await.unwrap().0.result {
             Some(exec_process_response::Result::Failure(failure)) => failure,
             other => panic!("{other:?}"),
         }
@@ -384,6 +402,12 @@ impl Guest {
     pub(crate) async fn signal(&self, id: &str, exec: &str, signal: u32) -> Result<(), Status> {
         let (container_id, exec_id) = (id.into(), exec.into());
         let request = wire::SignalProcessRequest { container_id, exec_id, signal, all: false };
+        self.client().signal_process(request).await.map(|_| ())
+    }
+
+    pub(crate) async fn signal_all(&self, id: &str, signal: u32) -> Result<(), Status> {
+        let (container_id, exec_id) = (id.into(), String::new());
+        let request = wire::SignalProcessRequest { container_id, exec_id, signal, all: true };
         self.client().signal_process(request).await.map(|_| ())
     }
 
