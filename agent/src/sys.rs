@@ -274,10 +274,14 @@ pub(crate) fn loopback_up() -> io::Result<()> {
 }
 
 /// Writes one byte to an I/O port; false if this process may not.
+///
+/// The permission is given back at once: processes that are cloned later would inherit it, and with
+/// it the power to end the VM.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn write_port(port: u16, value: u8) -> bool {
     // SAFETY: asks for permission for one port; has no other effect.
-    if unsafe { libc::ioperm(libc::c_ulong::from(port), 1, 1) } != 0 {
+    let permit = |on| unsafe { libc::ioperm(libc::c_ulong::from(port), 1, on) } == 0;
+    if !permit(1) {
         return false;
     }
     // SAFETY: the kernel has granted this port, and the device behind it (husk's signal port)
@@ -285,7 +289,7 @@ pub(crate) fn write_port(port: u16, value: u8) -> bool {
     unsafe {
         std::arch::asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack));
     }
-    true
+    permit(0)
 }
 
 /// Other architectures have no I/O ports.

@@ -69,7 +69,7 @@ pub(crate) enum ContainerError {
     Rootfs(String),
     #[error("{field}: {value} must be {must}")]
     Value { field: &'static str, value: u32, must: &'static str },
-    #[error("config.json")]
+    #[error("OCI specification")]
     Spec(#[from] SpecError),
     #[error(transparent)]
     Stdio(#[from] StdioError),
