@@ -437,6 +437,78 @@ async fn many_containers_one_after_another_leave_nothing() {
     assert_eq!(guest.count_left(), before);
 }
 
+#[tokio::test]
+async fn many_containers_at_once_are_complete_and_leave_nothing() {
+    let guest = std::sync::Arc::new(Guest::boot().await);
+    guest.run("warm", &["true"]).await;
+    guest.delete("warm").await;
+    let before = guest.count_left();
+    let script = "dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' x; exit 6";
+    let one = async |guest: std::sync::Arc<Guest>, number: usize| {
+        let id = format!("c{number}");
+        for _ in 0..3 {
+            let run = guest.run(&id, &["sh", "-c", script]).await;
+            assert_eq!((run.stdout.len(), run.exit.exit_code), (1 << 20, 6));
+            guest.delete(&id).await;
+        }
+    };
+    let all: Vec<_> = (0..10).map(|number| tokio::spawn(one(guest.clone(), number))).collect();
+    for task in all {
+        task.await.unwrap();
+    }
+    assert_eq!(guest.count_left(), before);
+}
+
+#[tokio::test]
+async fn failures_leave_nothing() {
+    let guest = Guest::boot().await;
+    guest.start("other", base_spec(&["sleep", "1000"]), Options::default()).await;
+    guest.create_failure("warm", base_spec(&["nope"])).await;
+    let before = guest.count_left();
+    for round in 0..10 {
+        let id = format!("c{round}");
+        guest.create_failure(&id, base_spec(&["nope"])).await;
+        let mut spec = base_spec(&["true"]);
+        spec["mounts"][0]["options"] = json!(["no-such-option"]);
+        guest.try_create(&id, spec, Options::default()).await.unwrap_err();
+        guest.exec_failure("other", &id, exec_process(&["nope"])).await;
+        guest.create(&id, base_spec(&["true"]), Options::default()).await;
+        guest.delete(&id).await;
+        guest.create(&id, base_spec(&["sleep", "1000"]), Options::default()).await;
+        guest.signal(&id, "", 9).await.unwrap();
+        assert_eq!(guest.wait(&id, "").await.exit_code, 137);
+        guest.delete(&id).await;
+    }
+    assert_eq!(guest.count_left(), before);
+}
+
+#[tokio::test]
+async fn a_client_that_gives_up_leaves_a_whole_container_or_none() {
+    let guest = Guest::boot().await;
+    for delay in [0, 1, 2, 5, 10, 20] {
+        let id = format!("c{delay}");
+        let create = guest.create(&id, base_spec(&["sleep", "1000"]), Options::default());
+        let given_up = tokio::time::timeout(Duration::from_millis(delay), create).await.is_err();
+        // Whatever became of it: it can be removed, or it is not there.
+        let deleted = async {
+            loop {
+                let error = match guest.client().delete_container(guest::id(&id)).await {
+                    Ok(_) => return,
+                    Err(error) => error,
+                };
+                // The list was asked for after the create, if that was ever sent.
+                let gone = error.code() == Code::NotFound && guest.list().await.is_empty();
+                if gone && given_up {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(120), deleted).await.expect("it can be deleted");
+        assert!(guest.nothing_left(&id));
+    }
+}
+
 mod limits {
     //! These need the controllers of cgroup v2.
 
