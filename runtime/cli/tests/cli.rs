@@ -330,6 +330,59 @@ fn what_is_missing_or_broken_is_named_with_what_to_do() {
 }
 
 #[test]
+fn a_full_disk_is_told_as_such() {
+    let host = Host::with_image();
+    let manifest = host.path("pod.json");
+    std::fs::write(&manifest, pod("p", &[("main", "true")])).unwrap();
+    // In a mount namespace of its own, with a tiny file system for disks.
+    let scratch = host.path("state/scratch");
+    std::fs::create_dir_all(&scratch).unwrap();
+    let mount = "mount -t tmpfs -o size=64k none \"$0\" && exec \"$@\"";
+    let husk = host.husk(&["run", manifest.to_str().unwrap()]);
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--user", "--map-root-user", "--mount", "sh", "-c", mount]).arg(&scratch);
+    unshare.arg(husk.get_program()).args(husk.get_args());
+    for (name, value) in husk.get_envs() {
+        if let Some(value) = value {
+            unshare.env(name, value);
+        }
+    }
+    let output = unshare.output().unwrap();
+    let err = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{err}");
+    assert!(err.contains("no space left") && err.contains("--state-dir"), "{err}");
+}
+
+#[test]
+fn a_pod_that_is_hung_up_is_stopped_unless_it_is_told_to_ignore_that() {
+    let host = Host::with_image();
+    let hang_up = |child: &Child| {
+        let status = Command::new("kill").args(["-HUP", &child.id().to_string()]).status().unwrap();
+        assert!(status.success());
+    };
+    let manifest = pod("p", &[("main", "trap 'exit 9' TERM; echo up; sleep 3 & wait")]);
+    let mut child = host.start(&["--no-summary"], &manifest);
+    read_until(&mut BufReader::new(child.stdout.take().unwrap()), "up");
+    hang_up(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(9));
+
+    let husk = host.husk(&["run", "--no-summary", "-"]);
+    let mut command = Command::new("nohup");
+    command.arg(husk.get_program()).args(husk.get_args());
+    for (name, value) in husk.get_envs() {
+        if let Some(value) = value {
+            command.env(name, value);
+        }
+    }
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(manifest.as_bytes()).unwrap();
+    read_until(&mut BufReader::new(child.stdout.take().unwrap()), "up");
+    hang_up(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
 fn bad_manifests_and_images_are_refused_before_anything_runs() {
     let host = Host::new();
     let missing = host.output(&["run", "/no/such.yaml"]);

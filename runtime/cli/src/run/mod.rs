@@ -154,11 +154,12 @@ async fn run_pods(
     Ok(reports)
 }
 
+/// What a pod's container wrote, with the pod's name.
+type Logs = mpsc::Sender<(Arc<str>, LogChunk)>;
+
 /// A thread that writes what containers write: it may be held up by the terminal, and nothing else
 /// is then.
-fn start_writer(
-    mut printer: Printer,
-) -> anyhow::Result<(mpsc::Sender<(Arc<str>, LogChunk)>, std::thread::JoinHandle<()>)> {
+fn start_writer(mut printer: Printer) -> anyhow::Result<(Logs, std::thread::JoinHandle<()>)> {
     let (logs, mut queue) = mpsc::channel::<(Arc<str>, LogChunk)>(LOG_QUEUE);
     let thread = std::thread::Builder::new().name("output".into()).spawn(move || {
         while let Some((pod, chunk)) = queue.blocking_recv() {
@@ -169,11 +170,7 @@ fn start_writer(
     Ok((logs, thread.context("cannot start a thread")?))
 }
 
-async fn forward(
-    pod: String,
-    mut from: mpsc::Receiver<LogChunk>,
-    to: mpsc::Sender<(Arc<str>, LogChunk)>,
-) {
+async fn forward(pod: String, mut from: mpsc::Receiver<LogChunk>, to: Logs) {
     let pod: Arc<str> = pod.into();
     while let Some(chunk) = from.recv().await {
         if to.send((pod.clone(), chunk)).await.is_err() {
@@ -182,19 +179,37 @@ async fn forward(
     }
 }
 
+/// Whether SIGHUP is ignored, as `nohup` has it: then it stays so.
+fn hangup_is_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    // Bit 0 is signal 1 (proc_pid_status(5)).
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & 1 != 0)
+}
+
 /// Ctrl-C, or a request to end: once stops the pods, twice kills them. Tells so.
 fn watch_signals(stoppers: Vec<Stopper>) -> anyhow::Result<impl Future<Output = ()>> {
     let context = "cannot watch for signals";
     let mut interrupt = signal(SignalKind::interrupt()).context(context)?;
     let mut terminate = signal(SignalKind::terminate()).context(context)?;
-    let mut hangup = signal(SignalKind::hangup()).context(context)?;
+    let mut hangup = match hangup_is_ignored() {
+        true => None,
+        false => Some(signal(SignalKind::hangup()).context(context)?),
+    };
     Ok(async move {
         let mut told = false;
         loop {
+            let hung_up = async {
+                match &mut hangup {
+                    Some(hangup) => hangup.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
-                _ = hangup.recv() => {}
+                _ = hung_up => {}
             }
             let grace = if told {
                 eprintln!("husk: killing the containers");

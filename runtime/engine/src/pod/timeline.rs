@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use husk_vmm_api::Phase;
 use rustix::time::{ClockId, clock_gettime};
+use tracing::Instrument;
 
 /// Nanoseconds of `CLOCK_MONOTONIC`, by which the times of different processes compare.
 #[must_use]
@@ -47,15 +48,17 @@ impl Timeline {
         }
     }
 
-    /// Records how long this takes, whether it succeeds or not.
+    /// Records how long this takes, whether it succeeds or not; also as a span.
     pub(super) async fn during<T>(
         &self,
         name: impl Into<String>,
         what: impl Future<Output = T>,
     ) -> T {
+        let name = name.into();
+        let span = tracing::debug_span!("start", step = %name);
         let begin = monotonic_ns();
-        let result = what.await;
-        self.push(name.into(), begin, monotonic_ns());
+        let result = what.instrument(span).await;
+        self.push(name, begin, monotonic_ns());
         result
     }
 

@@ -61,9 +61,9 @@ pub(super) async fn spawn(program: &Path, control: OwnedFd) -> Result<VmmProcess
 fn parent(program: &Path, control: OwnedFd, report: oneshot::Sender<std::io::Result<VmmProcess>>) {
     let stderr = Arc::new(Mutex::new(Tail::default()));
     let (report_end, ended) = oneshot::channel();
-    let started = start(program, control).and_then(|(child, pidfd)| {
+    let started = start(program, control).map(|(child, pidfd)| {
         let pid = child.id();
-        Ok((child, VmmProcess { pid, pidfd, ended, stderr: stderr.clone() }))
+        (child, VmmProcess { pid, pidfd, ended, stderr: stderr.clone() })
     });
     let mut child = match started {
         Ok((child, process)) => {
