@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use husk_proto::agent as proto;
 use husk_proto::agent::agent_server::{Agent, AgentServer};
 use husk_proto::ports;
-use husk_vmm_api::{Channel, Counters, Event, Exit, FdIndex, Phase, Request as VmmRequest};
+use husk_vmm_api::{Channel, Event, Exit, FdIndex, Phase, Request as VmmRequest};
 use tokio::process::{Child, Command};
 use tonic::{Request, Response, Status};
 
@@ -225,7 +225,7 @@ fn main() {
     loop {
         match vmm.receive::<VmmRequest>().unwrap().map(|request| request.message) {
             Some(VmmRequest::Counters) => {
-                vmm.send(&Event::Counters(Box::new(Counters::default())), &[]).unwrap();
+                vmm.send(&Event::Counters(Box::default()), &[]).unwrap();
             }
             Some(VmmRequest::Stop) => fake.exit(&Exit::Stopped),
             Some(_) => {}
