@@ -146,7 +146,7 @@ fn container_status(error: &ContainerError) -> Status {
             crate::cgroup::CgroupError::Exists(_) => Code::AlreadyExists,
             _ => Code::Internal,
         },
-        E::Stdio(_) | E::Step(_) | E::Reported(_) | E::Died => Code::Internal,
+        E::Stdio(_) | E::Step(_) | E::Reported(_) | E::Died | E::OutOfMemory => Code::Internal,
     };
     Status::new(code, chain(error as &dyn Error))
 }

@@ -547,6 +547,16 @@ mod limits {
     }
 
     #[tokio::test]
+    async fn a_limit_too_low_to_start_with_is_told() {
+        let guest = Guest::boot().await;
+        let mut spec = base_spec(&["true"]);
+        spec["linux"]["resources"] = json!({"memory": {"limit": 65_536, "swap": 65_536}});
+        let error = guest.try_create("a", spec, Options::default()).await.unwrap_err();
+        assert!(error.message().contains("the limit is too low"), "{error}");
+        assert!(guest.nothing_left("a"));
+    }
+
+    #[tokio::test]
     async fn a_container_cannot_reach_a_disk() {
         let guest = Guest::boot().await;
         let script = "mknod /tmp/d b 7 0 && dd if=/tmp/d of=/dev/null count=1";

@@ -62,6 +62,8 @@ impl Runner {
             self.until_ready(&id, ends).await
         }
         .await;
+        let killed = matches!(result, Err(ContainerError::Died)) && remains.cgroup.oom_kills() > 0;
+        let result = if killed { Err(ContainerError::OutOfMemory) } else { result };
         if !matches!(result, Ok(Ok(_))) {
             // It leaves the table first, but keeps its name until nothing is left of it.
             lock(&self.table).containers.remove(&id);

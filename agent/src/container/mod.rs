@@ -81,6 +81,8 @@ pub(crate) enum ContainerError {
     Reported(String),
     #[error("the new process ended before it was ready")]
     Died,
+    #[error("the new process was killed for memory before it was ready: the limit is too low")]
+    OutOfMemory,
 }
 
 /// How a process ended.
