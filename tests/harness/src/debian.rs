@@ -30,13 +30,24 @@ pub fn debootstrap(cache: &Path, root: &Path, packages: &[&str]) -> Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "debootstrap needs root: run this once as root");
     let debs = cache.join("debs");
     fs::create_dir_all(&debs).with_context(|| format!("making {}", debs.display()))?;
-    let mut command = Command::new("debootstrap");
+    let mut command = contained("debootstrap");
     command.arg("--variant=minbase").arg(format!("--cache-dir={}", debs.display()));
     if !packages.is_empty() {
         command.arg(format!("--include={}", packages.join(",")));
     }
     command.arg(SUITE).arg(root).arg(mirror()?);
     run_with_progress("installing Debian packages", &mut command)
+}
+
+/// A command whose mounts and processes are gone when it ends, and that ends when this process does,
+/// both whatever happens: debootstrap mounts `/proc` and `/sys` in its target, and what is half made
+/// is removed later with all that is in it.
+#[must_use]
+pub fn contained(program: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", "unshare", "--mount", "--propagation=private"]);
+    command.args(["--pid", "--fork", "--kill-child", "--", program]);
+    command
 }
 
 /// The Debian mirror that this machine's apt uses.
@@ -82,18 +93,17 @@ pub fn run(command: &mut Command) -> Result<()> {
 /// With the last lines of output, if it fails.
 pub fn run_with_progress(what: &str, command: &mut Command) -> Result<()> {
     const SHOWN_ON_FAILURE: usize = 20;
-    let name = command.get_program().to_string_lossy().into_owned();
     let mut step = Step::new(what);
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
-        .with_context(|| format!("running {name}"))?;
+        .with_context(|| format!("{what}: cannot run {}", command.get_program().display()))?;
     let output = child.stdout.take().context("no output of the command")?;
     let mut last = VecDeque::new();
     for line in BufReader::new(output).split(b'\n') {
-        let line = line.with_context(|| format!("reading the output of {name}"))?;
+        let line = line.with_context(|| format!("{what}: reading the output"))?;
         let line = String::from_utf8_lossy(&line).into_owned();
         step.detail(line.trim_start_matches("I: "));
         if last.len() == SHOWN_ON_FAILURE {
@@ -101,9 +111,9 @@ pub fn run_with_progress(what: &str, command: &mut Command) -> Result<()> {
         }
         last.push_back(line);
     }
-    let status = child.wait().with_context(|| format!("waiting for {name}"))?;
+    let status = child.wait().with_context(|| format!("{what}: waiting"))?;
     if !status.success() {
-        bail!("{name}: {status}\n{}", Vec::from(last).join("\n"));
+        bail!("{what}: {status}\n{}", Vec::from(last).join("\n"));
     }
     step.finish("done");
     Ok(())
@@ -112,6 +122,20 @@ pub fn run_with_progress(what: &str, command: &mut Command) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_contained_command_mounts_and_starts_is_gone_with_it() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("not root: namespaces cannot be made");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let script =
+            format!("mount -t tmpfs none {0} && touch {0}/x; sleep 600 &", dir.path().display());
+        let status = contained("sh").args(["-c", &script]).status().unwrap();
+        assert!(status.success());
+        assert!(!dir.path().join("x").exists());
+    }
 
     #[test]
     fn the_mirror_is_the_first_of_debian_itself() {

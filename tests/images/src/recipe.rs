@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 use husk_harness::cache::Key;
@@ -193,15 +193,14 @@ impl<'a> Builder<'a> {
         let lower: Vec<String> = lower.iter().map(|path| path.display().to_string()).collect();
         // Kept apart from the changes, so that the next recipe has them too.
         let apt = self.scratch.join("apt");
-        let mut child = Command::new("unshare")
-            .args(["--mount", "--propagation=private", "--pid", "--fork", "--kill-child"])
-            .args(["--", "/bin/sh", "-c", IN_OVERLAY, "in-overlay", &lower.join(":")])
+        let mut child = debian::contained("/bin/sh")
+            .args(["-c", IN_OVERLAY, "in-overlay", &lower.join(":")])
             .args([&upper, &work, &apt])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .context("running unshare")?;
+            .context("running setpriv and unshare")?;
         let mut input = child.stdin.take().context("no input of the recipe")?;
         // A recipe fits a pipe: this never blocks on a chroot that failed before reading.
         input.write_all(format!("{PRELUDE}\n{recipe}").as_bytes()).context("sending the recipe")?;
