@@ -32,7 +32,7 @@ pub(super) struct Timeline {
     steps: Arc<Mutex<Vec<Step>>>,
 }
 
-/// Most steps that are kept: restarts are not part of the start.
+/// Most steps that are kept.
 const MAX_STEPS: usize = 256;
 
 impl Timeline {
@@ -42,7 +42,9 @@ impl Timeline {
 
     fn push(&self, name: String, begin_ns: u64, end_ns: u64) {
         let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
-        if steps.len() < MAX_STEPS {
+        // What happens again is a restart, and no part of the start.
+        let again = steps.iter().any(|step| step.name == name);
+        if !again && steps.len() < MAX_STEPS {
             let since = |ns: u64| ns.saturating_sub(self.zero_ns);
             steps.push(Step { name, begin_ns: since(begin_ns), end_ns: since(end_ns) });
         }
@@ -113,7 +115,17 @@ mod tests {
     #[test]
     fn the_record_is_bounded() {
         let timeline = Timeline::new();
-        (0..10_000).for_each(|_| timeline.push("again".into(), 0, 0));
+        (0..1000).for_each(|number| timeline.push(number.to_string(), 0, 0));
         assert_eq!(timeline.steps(&[]).len(), MAX_STEPS);
+    }
+
+    #[test]
+    fn what_happens_again_is_not_part_of_the_start() {
+        let timeline = Timeline::new();
+        let zero = timeline.zero_ns;
+        timeline.push("container c started".into(), zero, zero + 5);
+        timeline.push("container c started".into(), zero + 100, zero + 105);
+        let ends: Vec<u64> = timeline.steps(&[]).iter().map(|step| step.end_ns).collect();
+        assert_eq!(ends, [5]);
     }
 }
