@@ -116,7 +116,7 @@ struct RunOptions {
     /// Environment variable for the command.
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse_env)]
     env: Vec<(String, String)>,
-    /// Kill the command after this time.
+    /// Kill the command after this time; the exit code is 124 then.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
     /// Give the command no input instead of this one's.
@@ -142,6 +142,9 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("husk-testhost: {error:#}");
+            if error.is::<client::TimedOut>() {
+                return ExitCode::from(client::TimedOut::EXIT_CODE);
+            }
             ExitCode::FAILURE
         }
     }

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::ioctl_fionbio;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
@@ -136,6 +137,10 @@ impl Running {
         unsafe {
             builder.pre_exec(move || {
                 rustix::io::write(&procs, b"0")?;
+                // The agent is exempt from being killed for memory; what is tested is not.
+                let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+                let score = rustix::fs::open(c"/proc/self/oom_score_adj", flags, Mode::empty())?;
+                rustix::io::write(&score, b"0")?;
                 rustix::process::setsid()?;
                 if wants_terminal {
                     rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;

@@ -27,6 +27,23 @@ pub(crate) enum Input {
     Empty,
 }
 
+/// The command was killed because it took too long.
+#[derive(Debug)]
+pub(crate) struct TimedOut(Duration);
+
+impl TimedOut {
+    /// As `timeout(1)` has it.
+    pub(crate) const EXIT_CODE: u8 = 124;
+}
+
+impl std::fmt::Display for TimedOut {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "time-out after {} s", self.0.as_secs())
+    }
+}
+
+impl std::error::Error for TimedOut {}
+
 /// Runs `command`; its output goes to this process's standard output and error. A command that
 /// takes longer than `timeout` is killed, which is an error.
 ///
@@ -62,7 +79,7 @@ pub(crate) fn run_into(
         let ready = wait(&stream, &signals, may_send, deadline)?;
         let Some(ready) = ready else {
             // The connection's end makes the agent kill all of it.
-            bail!("time-out after {} s", timeout.unwrap_or_default().as_secs());
+            return Err(TimedOut(timeout.unwrap_or_default()).into());
         };
         if ready.stream {
             let Some(frame) = receive(&mut stream)? else {
@@ -229,7 +246,7 @@ impl RawTerminal {
         let before = tcgetattr(stdin).context("tcgetattr")?;
         let mut raw = before.clone();
         raw.make_raw();
-        tcsetattr(stdin, OptionalActions::Flush, &raw).context("tcsetattr")?;
+        tcsetattr(stdin, OptionalActions::Drain, &raw).context("tcsetattr")?;
         Ok(Self { before })
     }
 }
