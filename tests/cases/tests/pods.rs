@@ -29,8 +29,9 @@ fn exit_codes_and_signals_are_exact() -> Result<()> {
         assert_eq!(pod.exit_code("main"), Some(code), "{}", pod.text);
         assert_eq!(pod.code, Some(i32::try_from(code)?));
     }
-    // The shell is PID 1 of its namespace: only a child can die of a signal it sends itself.
-    let pod = husk.run(&pods::shell("sh -c 'kill -TERM $$'; exit $?"))?;
+    // The shell is PID 1 of its namespace: only a child can die of a signal it sends itself. The
+    // manifest makes one $ of two.
+    let pod = husk.run(&pods::shell("sh -c 'kill -TERM $$$$'; exit $?"))?;
     assert_eq!(pod.exit_code("main"), Some(128 + 15), "{}", pod.text);
     Ok(())
 }
@@ -59,9 +60,32 @@ fn a_program_that_cannot_be_run_is_told_as_runc_tells_it() -> Result<()> {
         assert_eq!(pod.code, Some(i32::try_from(code)?));
     }
     // An executable for another architecture: an ELF header with machine 0xb7 (AArch64).
-    let script = r#"printf '\177ELF\2\1\1\0\0\0\0\0\0\0\0\0\2\0\267\0\1\0\0\0' > /tmp/arm; chmod +x /tmp/arm; exec /tmp/arm"#;
-    let pod = husk.run(&pods::shell(script))?;
-    assert_eq!(pod.exit_code("main"), Some(126), "{}", pod.text);
+    let manifest = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: case}
+spec:
+  restartPolicy: Never
+  initContainers:
+  - name: maker
+    image: localhost/husk/busybox:test
+    command:
+    - sh
+    - -c
+    - |
+      printf '\177ELF\2\1\1\0\0\0\0\0\0\0\0\0\2\0\267\0\1\0\0\0' > /data/arm; chmod +x /data/arm
+    volumeMounts: [{name: data, mountPath: /data}]
+  containers:
+  - name: main
+    image: localhost/husk/busybox:test
+    command: [/data/arm]
+    volumeMounts: [{name: data, mountPath: /data}]
+  volumes: [{name: data, emptyDir: {}}]
+"#;
+    let pod = husk.run(manifest)?;
+    assert_eq!((pod.exit_code("main"), pod.code), (Some(126), Some(126)), "{}", pod.text);
+    let message = pod.container("main")["message"].as_str().unwrap_or_default();
+    assert!(message.contains("exec format error"), "{message}");
     Ok(())
 }
 
@@ -138,11 +162,11 @@ spec:
     - sh
     - -c
     - |
-      until nc 127.0.0.1 7000 < /dev/null > /tmp/got; do sleep 0.2; done
+      until nc 127.0.0.1 7000 < /dev/null > /tmp/got 2>/dev/null; do sleep 0.2; done
       cat /tmp/got
       hostname
       test -e /private && echo "sees the other's files"
-      ps | grep -q 'nc -l' && echo "sees the other's processes"
+      ps -o comm | grep -qx nc && echo "sees the other's processes"
       mount | grep -q ' on /shared type tmpfs' && echo tmpfs
       exit 0
     volumeMounts: [{name: memory, mountPath: /shared}]
@@ -229,12 +253,12 @@ spec:
 #[test]
 fn what_a_container_may_not_see_is_masked_and_a_privileged_one_sees_it() -> Result<()> {
     let script = "wc -c < /proc/keys; touch /proc/sys/vm/x /sys/x 2>/dev/null || echo sealed\n\
-                  mount -t tmpfs none /mnt 2>/dev/null && echo mounted; ls /dev/vda 2>/dev/null; true";
+                  mount -t tmpfs none /tmp 2>/dev/null && echo mounted; ls /dev/vda 2>/dev/null; true";
     let husk = Husk::shared()?;
     let pod = husk.run(&pods::shell(script))?.succeeded()?;
     assert_eq!(pod.log("main"), ["0", "sealed"], "{}", pod.text);
     let more = "    securityContext: {privileged: true}";
-    let script = "mount -t tmpfs none /mnt && echo mounted; grep CapEff /proc/self/status";
+    let script = "mount -t tmpfs none /tmp && echo mounted; grep CapEff /proc/self/status";
     let pod = husk.run(&pods::one("busybox", script, more))?.succeeded()?;
     assert_eq!(pod.log("main")[0], "mounted");
     assert_ne!(pod.log("main")[1], "CapEff:\t0000000000000000");
