@@ -32,7 +32,23 @@ pub(crate) fn compare(setup: &Setup) -> Result<Vec<String>> {
     ];
     let samples = pairs::interleave(setup.rounds, &mut contenders)?;
     let ratio = pairs::ratio(&samples[0], &samples[1]).context("no samples")?;
+    print_phases()?;
     Ok(vec![format!("ratio boot_spawn_to_init {ratio:.3} vs qemu-microvm")])
+}
+
+/// Where the time of one more boot goes.
+fn print_phases() -> Result<()> {
+    let mut vm = Vm::with_agent(MEMORY_MIB)?.start()?;
+    vm.wait_for(Phase::AgentReady)?;
+    let reached = vm.counters()?.phases_ns;
+    let mut last = None;
+    for (phase, at_ns) in reached {
+        if let Some(last) = last.replace(at_ns) {
+            let took = Duration::from_nanos(at_ns.saturating_sub(last));
+            println!("  {:>9.1} ms to {phase:?}", pairs::millis(took));
+        }
+    }
+    Ok(())
 }
 
 /// Exits, pages, and resident memory of a VM whose agent is ready and idle.
