@@ -12,9 +12,10 @@ use rustix::process::{Pid, Signal, kill_process};
 fn read_until(child: &mut Child, words: &str) -> Result<String> {
     let stderr = child.stderr.as_mut().context("no standard error")?;
     let mut seen = String::new();
-    // Unbuffered, so that nothing is lost for whoever reads on.
-    for byte in Read::by_ref(stderr).bytes() {
-        seen.push(char::from(byte?));
+    // Byte by byte, so that nothing is lost for whoever reads on.
+    let mut byte = [0];
+    while stderr.read(&mut byte)? > 0 {
+        seen.push(char::from(byte[0]));
         if seen.ends_with(words) {
             return Ok(seen);
         }
@@ -204,6 +205,14 @@ fn a_host_without_kvm_says_so() -> Result<()> {
     let (code, text) = run(hide)?;
     assert_eq!(code, Some(125), "{text}");
     assert!(text.contains("/dev/kvm"), "{text}");
+    let no_permission = format!(
+        "chmod 1777 /tmp && cd /tmp && exec setpriv --reuid 65534 --regid 65534 --clear-groups \
+         {} --state-dir /tmp/nobody --run-dir /tmp/nobody/run check",
+        place::program("husk").display()
+    );
+    let output = std::process::Command::new("sh").args(["-c", &no_permission]).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(!output.status.success() && text.contains("ermission"), "{text}");
     let (code, text) = run("mount --bind /dev/null /dev/kvm")?;
     assert_eq!(code, Some(125), "{text}");
     assert!(text.to_lowercase().contains("kvm"), "{text}");
@@ -214,7 +223,7 @@ fn a_host_without_kvm_says_so() -> Result<()> {
 fn a_manifest_that_is_wrong_never_becomes_a_vm() -> Result<()> {
     let husk = Husk::shared()?;
     let cases = [
-        ("kind: [", "line 1"),
+        ("kind: [", "standard input:1:7"),
         ("apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: {}\n", "spec.containers"),
         (&pods::shell("true").replace("command:", "comand:"), "spec.containers[0].comand"),
         (

@@ -183,7 +183,7 @@ struct JsonStep<'a> {
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct JsonMeasured<'a> {
-    vmm: &'a husk_vmm_api::Counters,
+    vmm: &'a husk_engine::pod::Counters,
     agent_rss_bytes: u64,
 }
 

@@ -18,7 +18,7 @@ mod undo;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use husk_vmm_api::Counters;
+pub use husk_vmm_api::Counters;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
