@@ -26,7 +26,7 @@ help: ## List the commands
 
 .PHONY: tools
 tools: # Debian packages that building and testing on this machine need
-	@scripts/need-packages gcc libc6-dev make e2fsprogs erofs-utils binutils
+	@scripts/need-packages gcc libc6-dev make e2fsprogs erofs-utils binutils docker-registry
 
 .PHONY: build
 build: tools ## Build everything that is installed, into target/husk

@@ -347,6 +347,8 @@ pub(crate) fn attach_device_program(
     const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
     const BPF_CGROUP_DEVICE: u32 = 6;
     const BPF_F_ALLOW_MULTI: u32 = 2;
+    /// Each try can be interrupted only by another child's end.
+    const BPF_LOAD_TRIES: u32 = 100;
 
     let number = |fd: RawFd| u32::try_from(fd).map_err(|_| io::ErrorKind::InvalidInput);
     let load = Load {
@@ -360,11 +362,21 @@ pub(crate) fn attach_device_program(
         kernel_version: 0,
         flags: 0,
     };
-    // SAFETY: `load` is valid for its size, and what it points to outlives the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &load, size_of::<Load>()) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let mut tries = 0;
+    let fd = loop {
+        // SAFETY: `load` is valid for its size, and what it points to outlives the call.
+        let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &load, size_of::<Load>()) };
+        if fd >= 0 {
+            break fd;
+        }
+        let error = io::Error::last_os_error();
+        tries += 1;
+        // The verifier gives up with EAGAIN when a signal comes, such as SIGCHLD of another
+        // container; the signal is handled by the time it is asked again.
+        if error.kind() != io::ErrorKind::WouldBlock || tries == BPF_LOAD_TRIES {
+            return Err(error);
+        }
+    };
     let fd = RawFd::try_from(fd).map_err(|_| io::ErrorKind::InvalidData)?;
     // SAFETY: the kernel has just made this descriptor, and nobody else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
