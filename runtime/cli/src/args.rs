@@ -190,9 +190,13 @@ pub(crate) enum ImageCommand {
         /// Choose this platform of an image that has several [default: this host's]
         #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
         platform: Option<String>,
-        /// Speak http to the registry (always done for loopback addresses that do not speak https)
-        #[arg(long)]
-        plain_http: bool,
+        /// Speak http to the registry; =false: https [default: http to loopback addresses only]
+        #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true,
+            default_missing_value = "true", hide_possible_values = true)]
+        plain_http: Option<bool>,
+        /// Trust the certificates in this file (PEM) beside the system's; implies --plain-http=false
+        #[arg(long, value_name = "FILE")]
+        ca_file: Option<PathBuf>,
         /// Credentials for the registry; without a password it is read from standard input
         #[arg(long, value_name = "USER[:PASSWORD]")]
         user: Option<String>,

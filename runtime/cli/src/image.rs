@@ -22,12 +22,14 @@ pub(crate) fn run(global: &Global, args: ImageArgs) -> anyhow::Result<ExitCode> 
     let store = Store::open(&images)
         .with_context(|| format!("cannot use the image store in {}", images.display()))?;
     match args.command {
-        ImageCommand::Pull { reference, platform, plain_http, user } => {
+        ImageCommand::Pull { reference, platform, plain_http, ca_file, user } => {
             let options = PullOptions {
                 platform: platform_of(platform.as_deref())?,
                 credentials: user.as_deref().map(credentials).transpose()?,
-                // Unless asked for, http is spoken to this machine only.
-                plain_http: plain_http.then_some(true),
+                // Unless asked for, http is spoken to this machine only; and whoever names
+                // certificates wants them looked at.
+                plain_http: plain_http.or(ca_file.as_ref().map(|_| false)),
+                extra_ca: ca_file,
                 ..PullOptions::default()
             };
             let runtime = tokio::runtime::Builder::new_current_thread()
@@ -35,7 +37,7 @@ pub(crate) fn run(global: &Global, args: ImageArgs) -> anyhow::Result<ExitCode> 
                 .build()
                 .context("cannot make an event loop")?;
             let pulled = runtime.block_on(pull(&store, &reference, options));
-            print_imported(&pulled.with_context(|| format!("cannot pull {reference}"))?);
+            print_imported(&pulled.map_err(|error| cannot_pull(&reference, error))?);
         }
         ImageCommand::Import { path, name, platform } => {
             import(&store, &path, name.as_deref(), platform.as_deref())?;
@@ -54,6 +56,43 @@ pub(crate) async fn pull(
 ) -> Result<Imported, PullError> {
     let bars = Bars::new();
     store.pull(reference, &PullOptions { progress: bars, ..options }).await
+}
+
+/// A failed pull with its causes, and a line on what to do where that is known.
+fn cannot_pull(reference: &str, error: PullError) -> anyhow::Error {
+    let untrusted = error.is_untrusted_certificate();
+    let advice = match &error {
+        PullError::CredentialsNeeded { .. } => Some(
+            "Give them with --user USER[:PASSWORD], or keep them in docker's configuration \
+             (docker login).",
+        ),
+        PullError::Status { status: 401, .. } => {
+            Some("Check the user name and the password: those given were refused.")
+        }
+        // What Go's servers say, and nearly every registry is one.
+        PullError::Status { status: 400, message, .. } if message.contains("HTTPS server") => {
+            Some("Give --plain-http=false: the registry speaks https.")
+        }
+        _ if untrusted => Some(
+            "If the registry is the right one, trust who issued its certificate: give the issuer's \
+             with --ca-file FILE, or add it to the system's.",
+        ),
+        _ => None,
+    };
+    let error = anyhow::Error::new(error).context(format!("cannot pull {reference}"));
+    // What `openssl req -x509` makes unless told otherwise, and other clients may tolerate.
+    let advice = if untrusted && format!("{error:#}").contains("CaUsedAsEndEntity") {
+        Some(
+            "The registry's certificate is that of a CA, which no server may use: give it another \
+             (with openssl req -x509: -addext basicConstraints=critical,CA:FALSE).",
+        )
+    } else {
+        advice
+    };
+    match advice {
+        Some(advice) => anyhow::anyhow!("{error:#}\n{advice}"),
+        None => error,
+    }
 }
 
 /// `USER:PASSWORD`, or `USER` with the password on standard input.

@@ -309,13 +309,16 @@ pub(crate) fn choose<'index>(
         [only] if only.platform.is_none() => Some(only),
         _ => None,
     };
-    entries.iter().find(fits).or_else(unlabelled).ok_or_else(|| {
-        let names = entries.iter().filter_map(|entry| entry.platform.as_ref());
-        let names: Vec<String> = names.take(20).map(ToString::to_string).collect();
-        let available =
-            if names.is_empty() { "none that are labelled".to_owned() } else { names.join(", ") };
-        DocumentError::NoPlatform { platform: platform.to_string(), available }
-    })
+    entries.iter().find(fits).or_else(unlabelled).ok_or_else(|| no_platform(entries, platform))
+}
+
+/// That none of the entries fits the platform.
+pub(crate) fn no_platform(entries: &[Descriptor], platform: &Platform) -> DocumentError {
+    let names = entries.iter().filter_map(|entry| entry.platform.as_ref());
+    let names: Vec<String> = names.take(20).map(ToString::to_string).collect();
+    let available =
+        if names.is_empty() { "none that are labelled".to_owned() } else { names.join(", ") };
+    DocumentError::NoPlatform { platform: platform.to_string(), available }
 }
 
 /// Parses an image's configuration. `null` members, which Docker writes for what is not set, are

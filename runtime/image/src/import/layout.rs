@@ -105,7 +105,7 @@ pub(super) fn import(
     };
     let chosen: Vec<&Descriptor> = entries.iter().filter(usable).collect();
     if chosen.is_empty() {
-        return Err(format(format!("its {INDEX} lists no image for {}", options.platform)));
+        return Err(format(crate::document::no_platform(&entries, options.platform).to_string()));
     }
     if let (Some(_), [_, _, ..]) = (options.name, chosen.as_slice()) {
         return Err(format(format!("it holds {} images: one name is not enough", chosen.len())));

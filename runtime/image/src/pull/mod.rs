@@ -127,11 +127,24 @@ pub enum PullError {
 }
 
 impl PullError {
+    /// Whether the server's certificate was refused: its issuer is not trusted, it is for another
+    /// name, or its time is over.
+    #[must_use]
+    pub fn is_untrusted_certificate(&self) -> bool {
+        let Self::Request { source, .. } = self else { return false };
+        let first: &dyn std::error::Error = source;
+        // The TLS library's type is behind reqwest's, which does not show it; its words are.
+        std::iter::successors(Some(first), |error| error.source())
+            .any(|error| error.to_string().starts_with("invalid peer certificate"))
+    }
+
     /// Whether trying again may help.
     fn is_transient(&self) -> bool {
         match self {
             // A redirect that was refused, or a certificate, will be so again.
-            Self::Request { source, .. } => !source.is_redirect() && !source.is_builder(),
+            Self::Request { source, .. } => {
+                !source.is_redirect() && !source.is_builder() && !self.is_untrusted_certificate()
+            }
             Self::Status { status, .. } => matches!(status, 408 | 425 | 429 | 500..=599),
             _ => false,
         }
