@@ -1,5 +1,8 @@
 //! What the kernel makes of the blobs: mounted, alone and under overlayfs. The reference
 //! implementation in user space reads them in the unit tests.
+//!
+//! Needs root and a kernel with EROFS and overlayfs: built with the feature `kernel-tests`, and run
+//! in the test host.
 
 mod common;
 
@@ -73,7 +76,6 @@ fn mount_layer(directory: &TempDir, image: &Image, number: usize) -> Mount {
 }
 
 #[test]
-#[ignore = "needs root and a kernel with EROFS: runs in the test host"]
 fn kernel_reads_a_tree_as_it_was() {
     let directory = tempfile::tempdir().unwrap();
     let tree = directory.path().join("tree");
@@ -138,7 +140,6 @@ fn kernel_reads_a_tree_as_it_was() {
 }
 
 #[test]
-#[ignore = "needs root and a kernel with EROFS and overlayfs: runs in the test host"]
 fn overlay_of_layers_shows_what_the_image_says() {
     let directory = tempfile::tempdir().unwrap();
     let mut layers = Vec::new();
