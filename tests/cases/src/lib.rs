@@ -10,4 +10,5 @@
 pub mod kernel;
 pub mod place;
 pub mod pods;
+pub mod registry;
 pub mod vmm;

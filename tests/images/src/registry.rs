@@ -144,9 +144,12 @@ fn config_of(options: &Options, storage: &Path) -> Value {
 
 fn make_certificate(options: &Options) -> Result<()> {
     let names = format!("subjectAltName=DNS:localhost,IP:{}", options.address.ip());
+    // Unless told, openssl makes a CA's, which strict clients do not take from a server.
+    let not_a_ca = "basicConstraints=critical,CA:FALSE";
     run(Command::new("openssl")
         .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"])
-        .args(["-nodes", "-days", "3650", "-subj", "/CN=localhost", "-addext", &names, "-keyout"])
+        .args(["-nodes", "-days", "3650", "-subj", "/CN=localhost", "-addext", &names])
+        .args(["-addext", not_a_ca, "-keyout"])
         .arg(options.state.join("key.pem"))
         .arg("-out")
         .arg(options.certificate()))
