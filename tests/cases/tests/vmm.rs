@@ -157,7 +157,7 @@ fn a_descriptor_that_is_not_kvm_is_refused() -> Result<()> {
 
 #[test]
 fn the_agent_comes_up_with_one_and_with_many_cpus() -> Result<()> {
-    for vcpus in [1, 2, 8, 64] {
+    for vcpus in [1, 2, 8] {
         let mut vm = Vm::with_agent(256)?;
         vm.config.vcpus = vcpus;
         let mut vm = vm.start()?;
