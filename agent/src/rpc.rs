@@ -280,8 +280,11 @@ impl Service for Agent {
         &self,
         _: Request<wire::StatsRequest>,
     ) -> Result<Response<wire::StatsResponse>, Status> {
-        let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let own = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        // A number that cannot be had is an error, never a zero.
+        let read = |path: &str| {
+            std::fs::read_to_string(path).map_err(|e| Status::internal(format!("{path}: {e}")))
+        };
+        let (memory, own) = (read("/proc/meminfo")?, read("/proc/self/status")?);
         Ok(Response::new(wire::StatsResponse {
             agent_rss: kib_of(&own, "VmRSS:"),
             memory_total: kib_of(&memory, "MemTotal:"),

@@ -151,9 +151,8 @@ impl ProcessPlan {
         let Some(username) = &self.username else {
             return Ok(Identity { uid: self.uid, gid: self.gid, groups: self.groups.clone() });
         };
-        // A container without the files has nobody in them.
-        let passwd = read_capped("/etc/passwd").unwrap_or_default();
-        let group = read_capped("/etc/group").unwrap_or_default();
+        let passwd = read_if_there("/etc/passwd").map_err(step("/etc/passwd"))?;
+        let group = read_if_there("/etc/group").map_err(step("/etc/group"))?;
         let mut identity = user::resolve(username, &passwd, &group)
             .map_err(|e| step("process.user.username")(io::Error::other(e)))?;
         identity.groups.extend(&self.groups);
@@ -220,8 +219,8 @@ impl ProcessPlan {
         let has_home = env.iter().any(|e| e.strip_prefix("HOME=").is_some_and(|v| !v.is_empty()));
         if !has_home {
             env.retain(|e| !e.starts_with("HOME="));
-            // A container without the file, or with a broken one, is no error: the root then.
-            let passwd = read_capped("/etc/passwd").unwrap_or_default();
+            // HOME is a convenience: a container with a broken file starts, at the root.
+            let passwd = read_if_there("/etc/passwd").unwrap_or_default();
             env.push(format!("HOME={}", user::home(&passwd, uid).unwrap_or("/")));
         }
         env
@@ -231,13 +230,24 @@ impl ProcessPlan {
 /// Most of /etc/passwd that is read: the file is the container's, and can be anything.
 const MAX_PASSWD_BYTES: u64 = 1 << 20;
 
-fn read_capped(path: &str) -> io::Result<String> {
+/// The file's text; a container without it has nobody in it. One that cannot be read, or only in
+/// part, is an error: a group that is overlooked would be a right lost, or a denial.
+fn read_if_there(path: &str) -> io::Result<String> {
     use std::io::Read;
     use std::os::unix::fs::OpenOptionsExt;
     let mut text = Vec::new();
     // A FIFO of that name must not stop the start.
-    let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    file.take(MAX_PASSWD_BYTES).read_to_end(&mut text)?;
+    let opened = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = match opened {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(String::new()),
+        Err(error) => return Err(error),
+    };
+    file.take(MAX_PASSWD_BYTES + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > MAX_PASSWD_BYTES {
+        let message = format!("larger than {MAX_PASSWD_BYTES} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
+    }
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
@@ -272,6 +282,20 @@ pub(crate) fn c_strings(strings: &[String]) -> Result<Vec<CString>, StepError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_missing_file_of_users_is_empty_and_one_that_is_too_large_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+        assert_eq!(read_if_there(&path("none")).unwrap(), "");
+        let most = usize::try_from(MAX_PASSWD_BYTES).unwrap();
+        std::fs::write(path("most"), "x".repeat(most)).unwrap();
+        assert_eq!(read_if_there(&path("most")).unwrap().len(), most);
+        std::fs::write(path("more"), "x".repeat(most + 1)).unwrap();
+        assert_eq!(read_if_there(&path("more")).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        assert!(read_if_there(&path("")).is_err());
+    }
+
     use serde_json::{Value, json};
 
     fn plan(extra: Value) -> Result<ProcessPlan, SpecError> {
