@@ -147,6 +147,8 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         move || async move {
             findings.update(|findings| findings.phases = vm.phases());
             vm.kill().await;
+            // Who sees the pod ended may remove its image: the VMM holds locks on the layers.
+            vm.gone().await;
         }
     });
     let images = images?;

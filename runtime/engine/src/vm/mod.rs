@@ -280,6 +280,14 @@ impl Vm {
         ended.unwrap_or_else(|| Arc::new(VmExit::Died { status: None, stderr_tail: String::new() }))
     }
 
+    /// Waits until nothing of the VM is left: its process is reaped, and with it its memory and its
+    /// locks on layers. That is some time after [`Vm::exited`].
+    pub async fn gone(&self) {
+        // The driver drops its end only when the process is reaped. (If the end was dropped
+        // already, that is what was to be waited for.)
+        drop(self.exit.clone().wait_for(|_| false).await);
+    }
+
     /// Ends the VM now, without telling the guest: asks the VMM, and kills its process if it does
     /// not follow within five seconds.
     pub async fn kill(&self) -> Arc<VmExit> {

@@ -154,6 +154,19 @@ async fn what_was_reported_before_the_end_counts() {
 }
 
 #[tokio::test]
+async fn the_vm_is_gone_only_when_its_process_is() {
+    let (vm, vmm) = vm_in_hand().await;
+    let process = Path::new("/proc").join(vm.pid().to_string());
+    vmm.send(&Event::Exited(Exit::PowerOff), &[]).unwrap();
+    vm.exited().await;
+    assert!(process.join("exe").exists(), "the process sleeps, whatever was said in its name");
+    tokio::time::pause(); // what the driver waits for is the grace period
+    vm.gone().await;
+    assert!(!process.exists());
+    vm.gone().await;
+}
+
+#[tokio::test]
 async fn counters_are_answered_to_who_asked() {
     let (vm, vmm) = vm_in_hand().await;
     let answer = std::thread::spawn(move || {
