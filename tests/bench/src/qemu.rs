@@ -14,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What husk's VMM tells its kernel, as far as it makes sense to QEMU's machine.
 const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=t tsc=reliable no_timer_check \
-                       random.trust_cpu=on cryptomgr.notests 8250.nr_uarts=0 rdinit=/init";
+                       random.trust_cpu=on cryptomgr.notests noreplace-smp 8250.nr_uarts=0 rdinit=/init";
 
 /// From the spawn of QEMU to the agent's first instruction, which writes to the signal port: QEMU's
 /// debug console there passes the byte on.

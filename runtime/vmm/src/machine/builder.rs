@@ -60,7 +60,7 @@ const CAPABILITIES: [(Cap, &str); 8] = [
 /// `reboot=k,panic_warm panic=-1`: see `devices::reset`. `quiet`: the console costs an exit per line;
 /// the log is complete in the guest (`dmesg`), and a panic is printed anyway.
 const CMDLINE: &str = "panic=-1 reboot=k,panic_warm tsc=reliable no_timer_check \
-                       random.trust_cpu=on cryptomgr.notests rdinit=/init";
+                       random.trust_cpu=on cryptomgr.notests noreplace-smp rdinit=/init";
 const CMDLINE_CONSOLE: &str = "console=hvc0 quiet 8250.nr_uarts=0";
 const CMDLINE_SERIAL: &str = "console=ttyS0 earlycon=uart8250,io,0x3f8 8250.nr_uarts=1";
 
