@@ -290,7 +290,82 @@ impl Service for Agent {
             memory_total: kib_of(&memory, "MemTotal:"),
             memory_available: kib_of(&memory, "MemAvailable:"),
             containers: self.runner.stats(),
+            ..wire::StatsResponse::default()
         }))
+    }
+
+    async fn pause_container(
+        &self,
+        _: Request<wire::PauseContainerRequest>,
+    ) -> Result<Response<wire::PauseContainerResponse>, Status> {
+        Err(Status::unimplemented("pause_container"))
+    }
+
+    async fn resume_container(
+        &self,
+        _: Request<wire::ResumeContainerRequest>,
+    ) -> Result<Response<wire::ResumeContainerResponse>, Status> {
+        Err(Status::unimplemented("resume_container"))
+    }
+
+    async fn update_container(
+        &self,
+        _: Request<wire::UpdateContainerRequest>,
+    ) -> Result<Response<wire::UpdateContainerResponse>, Status> {
+        Err(Status::unimplemented("update_container"))
+    }
+
+    async fn list_processes(
+        &self,
+        _: Request<wire::ListProcessesRequest>,
+    ) -> Result<Response<wire::ListProcessesResponse>, Status> {
+        Err(Status::unimplemented("list_processes"))
+    }
+
+    async fn probe(
+        &self,
+        _: Request<wire::ProbeRequest>,
+    ) -> Result<Response<wire::ProbeResponse>, Status> {
+        Err(Status::unimplemented("probe"))
+    }
+
+    async fn read_file(
+        &self,
+        _: Request<wire::ReadFileRequest>,
+    ) -> Result<Response<wire::ReadFileResponse>, Status> {
+        Err(Status::unimplemented("read_file"))
+    }
+
+    async fn update_volume(
+        &self,
+        _: Request<wire::UpdateVolumeRequest>,
+    ) -> Result<Response<wire::UpdateVolumeResponse>, Status> {
+        Err(Status::unimplemented("update_volume"))
+    }
+
+    async fn copy_out(
+        &self,
+        _: Request<wire::CopyOutRequest>,
+    ) -> Result<Response<wire::CopyOutResponse>, Status> {
+        Err(Status::unimplemented("copy_out"))
+    }
+
+    async fn copy_in(
+        &self,
+        _: Request<wire::CopyInRequest>,
+    ) -> Result<Response<wire::CopyInResponse>, Status> {
+        Err(Status::unimplemented("copy_in"))
+    }
+
+    type WatchEventsStream = std::pin::Pin<
+        Box<dyn tokio_stream::Stream<Item = Result<wire::AgentEvent, Status>> + Send>,
+    >;
+
+    async fn watch_events(
+        &self,
+        _: Request<wire::WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        Err(Status::unimplemented("watch_events"))
     }
 
     async fn shutdown(

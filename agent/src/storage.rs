@@ -89,7 +89,9 @@ pub(crate) fn check(filesystems: &[Filesystem], volumes: &[Volume]) -> Result<()
             return Err(StorageError::Twice { field: "volumes.name", value: name.clone() });
         }
         match source {
-            None => return Err(StorageError::NoSource(name.clone())),
+            None | Some(volume::Source::Files(_)) => {
+                return Err(StorageError::NoSource(name.clone()));
+            }
             Some(volume::Source::Tmpfs(_)) => {}
             Some(volume::Source::DirectoryOn(on) | volume::Source::Filesystem(on)) => {
                 if !names.contains(on) {
@@ -190,7 +192,9 @@ pub(crate) fn make_volume(volume: &Volume) -> Result<(), StorageError> {
     let target = Path::new(guest::VOLUMES).join(name);
     fs::create_dir_all(&target).map_err(failed("make volume", name))?;
     match &volume.source {
-        None => return Err(StorageError::NoSource(name.to_owned())),
+        None | Some(volume::Source::Files(_)) => {
+            return Err(StorageError::NoSource(name.to_owned()));
+        }
         Some(volume::Source::DirectoryOn(on)) => {
             let directory = mount_point(on).join("volumes").join(name);
             fs::create_dir_all(&directory).map_err(failed("make volume", name))?;

@@ -200,6 +200,7 @@ impl Runner {
                 memory_peak: cgroup.number("memory.peak"),
                 oom_kills: cgroup.oom_kills(),
                 pids: cgroup.number("pids.current"),
+                ..ContainerStats::default()
             }
         };
         table.containers.iter().map(measure).collect()
