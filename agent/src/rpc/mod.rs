@@ -1,0 +1,123 @@
+//! The gRPC service: requests in, statuses out, nothing else.
+//!
+//! Here is what the service knows of the pod as a whole; [`service`] has the calls, [`status`] what
+//! their errors become.
+
+mod service;
+mod status;
+
+use std::sync::{Arc, Mutex};
+
+use husk_proto::agent as wire;
+use husk_proto::agent::agent_server::AgentServer;
+use tokio::sync::Notify;
+use tonic::Status;
+
+use crate::container::{ContainerError, Runner};
+use crate::host::Host;
+use crate::pod::{self, PodInfo};
+use crate::reaper::Reaper;
+use crate::{chain, lock, storage};
+
+/// Where the pod is in its life.
+#[derive(Debug, Clone)]
+enum Pod {
+    /// Nothing has been asked for.
+    New,
+    /// Its world is being made.
+    SettingUp,
+    /// Its world is there.
+    Ready(Arc<PodInfo>),
+    /// Its world could not be made, or is gone.
+    Over,
+}
+
+/// When the agent came to life, ns of CLOCK_MONOTONIC.
+#[derive(Debug, Clone, Copy, Default)]
+struct Times {
+    init_ns: u64,
+    ready_ns: u64,
+}
+
+/// The service.
+#[derive(Clone)]
+pub(crate) struct Agent {
+    host: Host,
+    runner: Runner,
+    pod: Arc<Mutex<Pod>>,
+    times: Arc<Mutex<Times>>,
+    shutdown: Arc<Notify>,
+}
+
+impl Agent {
+    /// The service of an agent whose first instruction ran at `init_ns`.
+    ///
+    /// # Errors
+    /// If /proc is not there.
+    pub(crate) fn new(host: Host, reaper: Reaper, init_ns: u64) -> std::io::Result<Self> {
+        Ok(Self {
+            runner: Runner::new(host.transport(), reaper)?,
+            host,
+            pod: Arc::new(Mutex::new(Pod::New)),
+            times: Arc::new(Mutex::new(Times { init_ns, ready_ns: 0 })),
+            shutdown: Arc::default(),
+        })
+    }
+
+    /// Notes when the agent became ready.
+    pub(crate) fn mark_ready(&self, ready_ns: u64) {
+        lock(&self.times).ready_ns = ready_ns;
+    }
+
+    /// Is notified when a client has asked for the end.
+    pub(crate) fn shutdown_requested(&self) -> Arc<Notify> {
+        Arc::clone(&self.shutdown)
+    }
+
+    /// As a service for a connection.
+    pub(crate) fn into_service(self) -> AgentServer<Self> {
+        AgentServer::new(self)
+    }
+
+    fn ready_pod(&self) -> Result<Arc<PodInfo>, ContainerError> {
+        match &*lock(&self.pod) {
+            Pod::Ready(info) => Ok(Arc::clone(info)),
+            Pod::New | Pod::SettingUp | Pod::Over => Err(ContainerError::NoPod),
+        }
+    }
+
+    async fn set_up(
+        &self,
+        request: wire::SetupPodRequest,
+    ) -> Result<wire::SetupPodResponse, Status> {
+        {
+            let mut pod = lock(&self.pod);
+            if !matches!(*pod, Pod::New) {
+                return Err(Status::failed_precondition("the pod has been set up before"));
+            }
+            *pod = Pod::SettingUp;
+        }
+        let result = pod::set_up(&self.host, &request).await;
+        *lock(&self.pod) = match &result {
+            Ok(info) => Pod::Ready(Arc::new(info.clone())),
+            Err(_) => Pod::Over,
+        };
+        result.map_err(|e| status::pod_status(&e))?;
+        let Times { init_ns, ready_ns } = *lock(&self.times);
+        let release = rustix::system::uname();
+        let kernel_release = release.release().to_string_lossy().into_owned();
+        Ok(wire::SetupPodResponse { kernel_release, init_ns, ready_ns })
+    }
+
+    async fn shut_down(&self) -> Result<(), Status> {
+        *lock(&self.pod) = Pod::Over;
+        self.runner.kill_all().await;
+        // In a process of its own: writing back a disk can take long.
+        if let Err(error) = self.runner.in_child("unmount", storage::unmount_all).await {
+            // The VM ends all the same: nobody could do better.
+            tracing::error!(error = chain(&error), "the pod's disks may not be clean");
+        }
+        self.shutdown.notify_one();
+        Ok(())
+    }
+}

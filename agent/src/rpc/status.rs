@@ -1,0 +1,50 @@
+//! What errors become on the wire: a code that says whose fault it is, and the chain of causes.
+
+use std::error::Error;
+
+use tonic::{Code, Status};
+
+use crate::chain;
+use crate::container::ContainerError;
+use crate::pod::PodError;
+
+/// The status of a pod that was not set up.
+pub(super) fn pod_status(error: &PodError) -> Status {
+    let code = if error.is_invalid() { Code::InvalidArgument } else { Code::Internal };
+    Status::new(code, chain(error))
+}
+
+/// The status of a request about a container that failed.
+pub(super) fn container_status(error: &ContainerError) -> Status {
+    use ContainerError as E;
+    let code = match error {
+        E::Name { .. } | E::Rootfs(_) | E::Value { .. } | E::Spec(_) => Code::InvalidArgument,
+        E::NoContainer(_) | E::NoProcess { .. } | E::Ended { .. } => Code::NotFound,
+        E::Exists(_) | E::ExecExists { .. } => Code::AlreadyExists,
+        E::Busy(_) | E::Refused(..) | E::NoPod | E::NoTerminal { .. } => Code::FailedPrecondition,
+        E::Stdio(crate::stdio::StdioError::StderrOfTerminal(_)) => Code::InvalidArgument,
+        E::Cgroup(e) => match e {
+            crate::cgroup::CgroupError::Path(_) => Code::InvalidArgument,
+            crate::cgroup::CgroupError::Exists(_) => Code::AlreadyExists,
+            _ => Code::Internal,
+        },
+        E::Stdio(_) | E::Step(_) | E::Reported(_) | E::Died | E::OutOfMemory => Code::Internal,
+    };
+    Status::new(code, chain(error as &dyn Error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_say_whose_fault_it_is() {
+        let code = |e: ContainerError| container_status(&e).code();
+        assert_eq!(code(ContainerError::NoContainer("a".into())), Code::NotFound);
+        assert_eq!(code(ContainerError::Exists("a".into())), Code::AlreadyExists);
+        assert_eq!(code(ContainerError::NoPod), Code::FailedPrecondition);
+        assert_eq!(code(ContainerError::Died), Code::Internal);
+        let name = crate::container::check_name("id", "/").unwrap_err();
+        assert_eq!(code(name), Code::InvalidArgument);
+    }
+}
