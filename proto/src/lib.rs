@@ -1,13 +1,22 @@
-//! The gRPC protocol between a pod's process and the agent in its guest.
+//! The gRPC protocols: between a pod's process and the agent in its guest ([`agent`]), and between
+//! `husk` commands and a pod's process ([`pod`]).
 //!
-//! What it is for: the generated messages, client and server of `agent.proto`, and the constants
-//! ([`ports`], [`guest`]) on which both halves must agree. What it is not for: logic.
+//! What it is for: the generated messages, clients and servers of `agent.proto` and `pod.proto`, and
+//! the constants ([`ports`], [`guest`]) on which host and guest must agree. What it is not for:
+//! logic.
 #![forbid(unsafe_code)]
 
 /// Version 1 of the agent's protocol.
 #[allow(missing_docs, clippy::all, unreachable_pub)]
 pub mod agent {
     tonic::include_proto!("husk.agent.v1");
+}
+
+/// Version 1 of the protocol of a pod's process.
+#[cfg(feature = "pod")]
+#[allow(missing_docs, clippy::all, unreachable_pub)]
+pub mod pod {
+    tonic::include_proto!("husk.pod.v1");
 }
 
 /// vsock ports of the host (context ID 2) to which the agent connects.
