@@ -24,10 +24,12 @@ type Answer<T> = Result<Response<T>, Status>;
 #[derive(Clone)]
 struct Fake {
     vmm: Arc<Channel>,
-    containers: Arc<Mutex<HashMap<String, Container>>>,
+    containers: Arc<Mutex<HashMap<String, Process>>>,
+    /// Processes beside the containers' own, by container and exec.
+    execs: Arc<Mutex<HashMap<(String, String), Process>>>,
 }
 
-struct Container {
+struct Process {
     command: Option<Command>,
     child: Option<Child>,
     pid: Option<u32>,
@@ -51,10 +53,44 @@ impl Fake {
         if port == 0 { Stdio::null() } else { OwnedFd::from(self.connect(port)).into() }
     }
 
+    /// The command of an OCI `process`, with its streams connected.
+    fn command(&self, process: &serde_json::Value, stdio: proto::Stdio) -> Command {
+        let args = strings(&process["args"]);
+        let mut command = Command::new(&args[0]);
+        command.args(&args[1..]).env_clear();
+        for variable in strings(&process["env"]) {
+            let (name, value) = variable.split_once('=').unwrap();
+            command.env(name, value);
+        }
+        command
+            .stdin(self.stream(stdio.stdin_port))
+            .stdout(self.stream(stdio.stdout_port))
+            .stderr(self.stream(stdio.stderr_port));
+        command
+    }
+
+    /// The process ID of a container's process, or of one beside it.
+    fn pid(&self, container: String, exec: String) -> Result<u32, Status> {
+        let pid = if exec.is_empty() {
+            self.containers.lock().unwrap().get(&container).and_then(|process| process.pid)
+        } else {
+            self.execs.lock().unwrap().get(&(container, exec)).and_then(|process| process.pid)
+        };
+        pid.ok_or_else(|| Status::not_found("no such process"))
+    }
+
+    async fn kill(&self, pid: u32, signal: &str) {
+        Command::new("kill").arg(signal).arg(pid.to_string()).status().await.unwrap();
+    }
+
     fn exit(&self, exit: &Exit) -> ! {
         self.vmm.send(&Event::Exited(exit.clone()), &[]).unwrap();
         std::process::exit(exit.code());
     }
+}
+
+fn strings(value: &serde_json::Value) -> Vec<String> {
+    value.as_array().unwrap().iter().map(|s| s.as_str().unwrap().to_owned()).collect()
 }
 
 #[tonic::async_trait]
@@ -74,9 +110,6 @@ impl Agent for Fake {
         use proto::create_container_response::Result::{Failure, Pid};
         let request = request.into_inner();
         let spec: serde_json::Value = serde_json::from_slice(&request.spec).unwrap();
-        let strings = |value: &serde_json::Value| -> Vec<String> {
-            value.as_array().unwrap().iter().map(|s| s.as_str().unwrap().to_owned()).collect()
-        };
         let args = strings(&spec["process"]["args"]);
         match args[0].as_str() {
             "fake:die" => std::process::abort(),
@@ -89,18 +122,8 @@ impl Agent for Fake {
             }
             _ => {}
         }
-        let stdio = request.stdio.unwrap();
-        let mut command = Command::new(&args[0]);
-        command.args(&args[1..]).env_clear();
-        for variable in strings(&spec["process"]["env"]) {
-            let (name, value) = variable.split_once('=').unwrap();
-            command.env(name, value);
-        }
-        command
-            .stdin(self.stream(stdio.stdin_port))
-            .stdout(self.stream(stdio.stdout_port))
-            .stderr(self.stream(stdio.stderr_port));
-        let container = Container { command: Some(command), child: None, pid: None };
+        let command = self.command(&spec["process"], request.stdio.unwrap());
+        let container = Process { command: Some(command), child: None, pid: None };
         self.containers.lock().unwrap().insert(request.id, container);
         Ok(Response::new(proto::CreateContainerResponse { result: Some(Pid(1)) }))
     }
@@ -119,17 +142,39 @@ impl Agent for Fake {
 
     async fn exec_process(
         &self,
-        _: Request<proto::ExecProcessRequest>,
+        request: Request<proto::ExecProcessRequest>,
     ) -> Answer<proto::ExecProcessResponse> {
-        Err(Status::unimplemented("exec"))
+        use proto::exec_process_response::Result::{Failure, Pid};
+        let request = request.into_inner();
+        self.pid(request.container_id.clone(), String::new())?;
+        let process: serde_json::Value = serde_json::from_slice(&request.process).unwrap();
+        let mut command = self.command(&process, request.stdio.unwrap());
+        let result = match command.spawn() {
+            Ok(child) => {
+                let pid = child.id();
+                let process = Process { command: None, child: Some(child), pid };
+                self.execs.lock().unwrap().insert((request.container_id, request.exec_id), process);
+                Pid(pid.unwrap())
+            }
+            Err(_) => {
+                let message =
+                    format!("exec: {}: executable file not found in $PATH", process["args"][0]);
+                Failure(proto::StartFailure { exit_code: 127, message })
+            }
+        };
+        Ok(Response::new(proto::ExecProcessResponse { result: Some(result) }))
     }
 
     async fn wait_process(
         &self,
         request: Request<proto::WaitProcessRequest>,
     ) -> Answer<proto::WaitProcessResponse> {
-        let id = request.into_inner().container_id;
-        let child = self.containers.lock().unwrap().get_mut(&id).unwrap().child.take();
+        let proto::WaitProcessRequest { container_id: id, exec_id: exec } = request.into_inner();
+        let child = if exec.is_empty() {
+            self.containers.lock().unwrap().get_mut(&id).unwrap().child.take()
+        } else {
+            self.execs.lock().unwrap().get_mut(&(id, exec)).unwrap().child.take()
+        };
         let status = child.unwrap().wait().await.unwrap();
         let signal = status.signal().unwrap_or(0);
         let exit_code = u32::try_from(status.code().unwrap_or(128 + signal)).unwrap();
@@ -147,10 +192,8 @@ impl Agent for Fake {
         request: Request<proto::SignalProcessRequest>,
     ) -> Answer<proto::SignalProcessResponse> {
         let request = request.into_inner();
-        let pid = self.containers.lock().unwrap().get(&request.container_id).and_then(|c| c.pid);
-        let pid = pid.ok_or_else(|| Status::not_found("no such process"))?;
-        let signal = format!("-{}", request.signal);
-        Command::new("kill").arg(signal).arg(pid.to_string()).status().await.unwrap();
+        let pid = self.pid(request.container_id, request.exec_id)?;
+        self.kill(pid, &format!("-{}", request.signal)).await;
         Ok(Response::new(proto::SignalProcessResponse {}))
     }
 
@@ -158,7 +201,8 @@ impl Agent for Fake {
         &self,
         _: Request<proto::ResizeTerminalRequest>,
     ) -> Answer<proto::ResizeTerminalResponse> {
-        Err(Status::unimplemented("terminals"))
+        // There is none whose size could be told.
+        Ok(Response::new(proto::ResizeTerminalResponse {}))
     }
 
     async fn delete_container(
@@ -177,7 +221,136 @@ impl Agent for Fake {
     }
 
     async fn stats(&self, _: Request<proto::StatsRequest>) -> Answer<proto::StatsResponse> {
-        Ok(Response::new(proto::StatsResponse { agent_rss: 1 << 20, ..Default::default() }))
+        let known = self.containers.lock().unwrap();
+        let containers = known.keys().map(|id| proto::ContainerStats {
+            id: id.clone(),
+            cpu_usage_us: now() / 4000,
+            memory_current: 3 << 20,
+            memory_limit: Some(64 << 20),
+            pids: 2,
+            io_read_bytes: 4096,
+            ..Default::default()
+        });
+        Ok(Response::new(proto::StatsResponse {
+            agent_rss: 1 << 20,
+            memory_total: 128 << 20,
+            memory_available: 64 << 20,
+            containers: containers.collect(),
+            interfaces: vec![proto::InterfaceStats {
+                name: "eth0".into(),
+                rx_bytes: 1 << 10,
+                tx_bytes: 2 << 10,
+                ..Default::default()
+            }],
+            at_ns: now(),
+        }))
+    }
+
+    async fn pause_container(
+        &self,
+        request: Request<proto::PauseContainerRequest>,
+    ) -> Answer<proto::PauseContainerResponse> {
+        let pid = self.pid(request.into_inner().id, String::new())?;
+        self.kill(pid, "-STOP").await;
+        Ok(Response::new(proto::PauseContainerResponse {}))
+    }
+
+    async fn resume_container(
+        &self,
+        request: Request<proto::ResumeContainerRequest>,
+    ) -> Answer<proto::ResumeContainerResponse> {
+        let pid = self.pid(request.into_inner().id, String::new())?;
+        self.kill(pid, "-CONT").await;
+        Ok(Response::new(proto::ResumeContainerResponse {}))
+    }
+
+    async fn update_container(
+        &self,
+        _: Request<proto::UpdateContainerRequest>,
+    ) -> Answer<proto::UpdateContainerResponse> {
+        Err(Status::unimplemented("update"))
+    }
+
+    async fn list_processes(
+        &self,
+        request: Request<proto::ListProcessesRequest>,
+    ) -> Answer<proto::ListProcessesResponse> {
+        let pid = self.pid(request.into_inner().container_id, String::new())?;
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let process = proto::ProcessInfo {
+            pid,
+            ppid: 1,
+            uid: 0,
+            state: "S".into(),
+            cpu_us: 61_000_000,
+            rss: 2 << 20,
+            started_at_ns: 1_000_000_000,
+            command: String::from_utf8_lossy(&command).replace('\0', " ").trim().to_owned(),
+        };
+        Ok(Response::new(proto::ListProcessesResponse { processes: vec![process] }))
+    }
+
+    type WatchEventsStream = tokio_stream::Pending<Result<proto::AgentEvent, Status>>;
+
+    async fn watch_events(
+        &self,
+        _: Request<proto::WatchEventsRequest>,
+    ) -> Answer<Self::WatchEventsStream> {
+        Ok(Response::new(tokio_stream::pending()))
+    }
+
+    async fn probe(&self, _: Request<proto::ProbeRequest>) -> Answer<proto::ProbeResponse> {
+        Err(Status::unimplemented("probes"))
+    }
+
+    async fn read_file(
+        &self,
+        _: Request<proto::ReadFileRequest>,
+    ) -> Answer<proto::ReadFileResponse> {
+        Err(Status::not_found("there are no files"))
+    }
+
+    async fn update_volume(
+        &self,
+        _: Request<proto::UpdateVolumeRequest>,
+    ) -> Answer<proto::UpdateVolumeResponse> {
+        Err(Status::unimplemented("volumes"))
+    }
+
+    /// By this host's tar: paths are this host's.
+    async fn copy_out(
+        &self,
+        request: Request<proto::CopyOutRequest>,
+    ) -> Answer<proto::CopyOutResponse> {
+        let proto::CopyOutRequest { container_id: _, path, port } = request.into_inner();
+        let path = std::path::Path::new(&path);
+        if !path.exists() {
+            return Err(Status::not_found(format!("{}: no such file", path.display())));
+        }
+        let status = Command::new("tar")
+            .arg("-cC")
+            .arg(path.parent().unwrap())
+            .arg(path.file_name().unwrap())
+            .stdout(OwnedFd::from(self.connect(port)))
+            .status()
+            .await
+            .unwrap();
+        assert!(status.success());
+        Ok(Response::new(proto::CopyOutResponse { bytes: 0 }))
+    }
+
+    async fn copy_in(
+        &self,
+        request: Request<proto::CopyInRequest>,
+    ) -> Answer<proto::CopyInResponse> {
+        let proto::CopyInRequest { container_id: _, path, port } = request.into_inner();
+        if !std::path::Path::new(&path).is_dir() {
+            return Err(Status::not_found(format!("{path}: no such directory")));
+        }
+        let stdin = OwnedFd::from(self.connect(port));
+        let status = Command::new("tar").arg("-xC").arg(&path).stdin(stdin).status().await.unwrap();
+        assert!(status.success());
+        Ok(Response::new(proto::CopyInResponse { bytes: 0 }))
     }
 
     async fn shutdown(
@@ -203,7 +376,7 @@ fn main() {
     for phase in [Phase::VmmStarted, Phase::Kvm, Phase::Memory, Phase::Init, Phase::AgentReady] {
         vmm.send(&Event::Phase { phase, at_ns: now() }, &[]).unwrap();
     }
-    let fake = Fake { vmm: vmm.clone(), containers: Arc::default() };
+    let fake = Fake { vmm: vmm.clone(), containers: Arc::default(), execs: Arc::default() };
     let served = fake.clone();
     std::thread::spawn(move || {
         tokio::runtime::Runtime::new().unwrap().block_on(async move {

@@ -170,7 +170,7 @@ mod tests {
     use super::*;
 
     fn chunk(container: &str, stream: Stream, bytes: &[u8]) -> LogChunk {
-        LogChunk { container: container.into(), stream, bytes: bytes.to_vec() }
+        LogChunk { container: container.into(), run: 0, stream, bytes: bytes.to_vec() }
     }
 
     fn lines() -> Lines {

@@ -45,6 +45,7 @@ pub(crate) fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCode> {
         config,
         start_timeout: args.start_timeout(),
         measure: args.output == Output::Json,
+        console_log: None,
     };
     // One thread serves everything: it only ever passes things on.
     let runtime = tokio::runtime::Builder::new_current_thread()

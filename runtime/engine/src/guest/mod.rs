@@ -235,6 +235,9 @@ macro_rules! call {
     };
 }
 
+// Here, because it uses the macro.
+mod control;
+
 impl Guest {
     /// Makes the pod's shared world. Once, and first.
     ///
@@ -360,26 +363,6 @@ impl Guest {
             | Err(GuestError::Refused { code: Code::NotFound, .. }) => Ok(()),
             Err(error) => Err(error),
         }
-    }
-
-    /// Sets the window size of a container's terminal.
-    ///
-    /// # Errors
-    /// [`GuestError`].
-    pub async fn resize_terminal(
-        &self,
-        container: &str,
-        (width, height): (u16, u16),
-    ) -> Result<(), GuestError> {
-        let request = proto::ResizeTerminalRequest {
-            container_id: container.to_owned(),
-            exec_id: String::new(),
-            width: width.into(),
-            height: height.into(),
-        };
-        let proto::ResizeTerminalResponse {} =
-            call!(self, resize_terminal, "ResizeTerminal", request)?;
-        Ok(())
     }
 
     /// Removes a container that does not run.

@@ -30,6 +30,8 @@ pub enum Stream {
 pub struct LogChunk {
     /// The container's name.
     pub container: Arc<str>,
+    /// How often the container was started again before this run of it: its first run is 0.
+    pub run: u32,
     /// Where it wrote.
     pub stream: Stream,
     /// What it wrote; empty when the stream has ended.
@@ -42,7 +44,7 @@ pub struct LogChunk {
 /// When nobody reads (any more), the output is thrown away, so that the process goes on.
 pub(super) async fn pump(
     mut from: impl AsyncRead + Unpin,
-    container: Arc<str>,
+    (container, run): (Arc<str>, u32),
     stream: Stream,
     to: mpsc::Sender<LogChunk>,
     mut ended: watch::Receiver<bool>,
@@ -71,9 +73,9 @@ pub(super) async fn pump(
             }
         };
         // Nobody listens: thrown away.
-        drop(to.send(LogChunk { container: container.clone(), stream, bytes }).await);
+        drop(to.send(LogChunk { container: container.clone(), run, stream, bytes }).await);
     }
-    drop(to.send(LogChunk { container, stream, bytes: Vec::new() }).await);
+    drop(to.send(LogChunk { container, run, stream, bytes: Vec::new() }).await);
 }
 
 #[cfg(test)]
@@ -92,7 +94,7 @@ mod tests {
     async fn every_byte_arrives_and_then_the_end() {
         let (to, mut logs, ended) = parts();
         let (mut guest, host) = tokio::io::duplex(1000);
-        let pump = tokio::spawn(pump(host, "c".into(), Stream::Stdout, to, ended.subscribe()));
+        let pump = tokio::spawn(pump(host, ("c".into(), 0), Stream::Stdout, to, ended.subscribe()));
         let sent: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[0]).collect();
         let expected = sent.clone();
         tokio::spawn(async move { guest.write_all(&sent).await.unwrap() });
@@ -112,7 +114,7 @@ mod tests {
         let (to, logs, ended) = parts();
         drop(logs);
         let (mut guest, host) = tokio::io::duplex(10);
-        let pump = tokio::spawn(pump(host, "c".into(), Stream::Stderr, to, ended.subscribe()));
+        let pump = tokio::spawn(pump(host, ("c".into(), 0), Stream::Stderr, to, ended.subscribe()));
         guest.write_all(&[7; 100_000]).await.unwrap();
         drop(guest);
         pump.await.unwrap();
@@ -122,7 +124,7 @@ mod tests {
     async fn a_stream_that_is_never_closed_is_given_up_after_the_process() {
         let (to, mut logs, ended) = parts();
         let (mut guest, host) = tokio::io::duplex(1000);
-        let pump = tokio::spawn(pump(host, "c".into(), Stream::Stdout, to, ended.subscribe()));
+        let pump = tokio::spawn(pump(host, ("c".into(), 0), Stream::Stdout, to, ended.subscribe()));
         tokio::time::sleep(Duration::from_secs(3600)).await;
         guest.write_all(b"late").await.unwrap();
         assert_eq!(logs.recv().await.unwrap().bytes, b"late");

@@ -3,9 +3,11 @@
 //! [`Pod::start`] gives a [`PodHandle`] at once; what becomes of the pod is told by its status,
 //! which never waits for the guest. See [`state`] for a pod's life, [`prepare`] for its start.
 
+mod access;
 mod actor;
 mod backoff;
 mod images;
+mod input;
 mod logs;
 mod prepare;
 mod rundir;
@@ -15,6 +17,7 @@ mod status;
 mod timeline;
 mod undo;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -22,12 +25,17 @@ pub use husk_vmm_api::Counters;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+pub use self::access::{
+    AccessError, Copy, CopyRequest, ExecProcess, ExecRequest, ExecStreams, PodAccess,
+};
 use self::actor::{Actor, Clock, Command};
 pub use self::images::{ImageError, Images, ResolvedImage, Resolving};
+pub use self::input::Input;
 pub use self::logs::{LogChunk, Stream};
-pub use self::prepare::PrepareError;
 use self::prepare::Prepared;
+pub use self::prepare::{PrepareError, new_uid};
 pub use self::rundir::RunDirError;
+use self::runtime::GuestRuntime;
 use self::state::{Event, Machine};
 pub use self::status::{
     ContainerState, ContainerStatus, EndReason, PodPhase, PodStatus, Terminated,
@@ -53,6 +61,9 @@ pub struct PodOptions {
     /// Whether to ask the VMM and the agent, before they end, for what they counted: it takes a
     /// few messages.
     pub measure: bool,
+    /// Where the guest kernel's log is written, in a new file; `None` for the pod's directory, with
+    /// which it vanishes.
+    pub console_log: Option<PathBuf>,
 }
 
 /// What is known of a pod that has ended.
@@ -110,12 +121,14 @@ impl Pod {
         // A stop or two are all that is ever asked.
         let (commands, requests) = mpsc::channel(4);
         let (logs, log_reader) = mpsc::channel(logs::QUEUE);
+        let (ready, running) = watch::channel(None);
         let spec = Arc::new(spec);
-        let task = Task { spec: spec.clone(), images, options, machine, status, requests, logs };
+        let task =
+            Task { spec: spec.clone(), images, options, machine, status, requests, logs, ready };
         let name = spec.metadata.name.clone();
         let span = tracing::info_span!("pod", pod = %name);
         let task = tokio::spawn(tracing::Instrument::instrument(task.run(), span));
-        PodHandle { spec, status: watcher, commands, logs: Some(log_reader), task }
+        PodHandle { spec, status: watcher, running, commands, logs: Some(log_reader), task }
     }
 }
 
@@ -124,6 +137,7 @@ impl Pod {
 pub struct PodHandle {
     spec: Arc<PodSpec>,
     status: watch::Receiver<PodStatus>,
+    running: watch::Receiver<Option<GuestRuntime>>,
     commands: mpsc::Sender<Command>,
     logs: Option<mpsc::Receiver<LogChunk>>,
     task: JoinHandle<PodReport>,
@@ -181,6 +195,12 @@ impl PodHandle {
         Stopper(self.commands.downgrade())
     }
 
+    /// A means of asking things of its guest.
+    #[must_use]
+    pub fn access(&self) -> PodAccess {
+        PodAccess::new(self.spec.clone(), self.running.clone())
+    }
+
     /// Waits until the pod has ended and everything that it held is given back.
     pub async fn wait(mut self) -> PodReport {
         match (&mut self.task).await {
@@ -204,11 +224,13 @@ struct Task {
     status: watch::Sender<PodStatus>,
     requests: mpsc::Receiver<Command>,
     logs: mpsc::Sender<LogChunk>,
+    /// The guest, while containers can run in it.
+    ready: watch::Sender<Option<GuestRuntime>>,
 }
 
 impl Task {
     async fn run(self) -> PodReport {
-        let Task { spec, images, options, mut machine, status, mut requests, logs } = self;
+        let Task { spec, images, options, mut machine, status, mut requests, logs, ready } = self;
         let timeline = Timeline::new();
         let findings = SharedFindings::default();
         let clock = Clock::start();
@@ -233,7 +255,9 @@ impl Task {
             Ok(Prepared { runtime }) => {
                 let grace = Duration::from_secs(spec.termination_grace_s);
                 let status = status.clone();
+                ready.send_replace(Some(runtime.clone()));
                 Actor { machine, runtime, clock, grace, status }.run(&mut requests).await;
+                ready.send_replace(None);
             }
             Err(event) => {
                 machine.transition(event, clock.now());

@@ -5,8 +5,10 @@
 //! nothing is polled: the agent connects when it is ready.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use husk_proto::agent as proto;
@@ -115,12 +117,24 @@ struct HostFiles {
     run_dir: RunDir,
 }
 
-fn open_host_files(config: &Config, uid: &str) -> Result<HostFiles, PrepareError> {
+fn open_host_files(
+    config: &Config,
+    uid: &str,
+    console: Option<PathBuf>,
+) -> Result<HostFiles, PrepareError> {
     let kvm = kvm::open(&config.kvm)?;
     let kernel = assets::open_kernel(&config.kernel)?.into();
     let initramfs = assets::open_initramfs(&config.initramfs)?.into();
     let run_dir = RunDir::create(&config.pods_dir(), uid)?;
-    let console = run_dir.create_file(CONSOLE_LOG)?.into();
+    let console = match console {
+        None => run_dir.create_file(CONSOLE_LOG)?,
+        Some(path) => File::create_new(&path).map_err(|source| RunDirError::Io {
+            step: "create",
+            path,
+            source,
+        })?,
+    };
+    let console = console.into();
     Ok(HostFiles { kvm, kernel, initramfs, console, run_dir })
 }
 
@@ -131,8 +145,8 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
 
     let uid = spec.metadata.uid.clone().unwrap_or_else(new_uid);
     let files = {
-        let (config, uid) = (config.clone(), uid.clone());
-        tokio::task::spawn_blocking(move || open_host_files(&config, &uid)).await??
+        let (config, uid, console) = (config.clone(), uid.clone(), options.console_log.clone());
+        tokio::task::spawn_blocking(move || open_host_files(&config, &uid, console)).await??
     };
     let HostFiles { kvm, kernel, initramfs, console, run_dir } = files;
     undo.push("pod directory", move || async move { drop(run_dir) });
@@ -186,6 +200,8 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         images,
         layout,
         logs,
+        inputs: super::input::Inputs::default(),
+        starts: Mutex::default(),
         timeline: timeline.clone(),
         findings: findings.clone(),
         measure: options.measure,
@@ -220,8 +236,9 @@ fn node_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
-/// A random UUID (RFC 9562, version 4).
-fn new_uid() -> String {
+/// A random UUID (RFC 9562, version 4), of which the uid of a pod can be made.
+#[must_use]
+pub fn new_uid() -> String {
     let mut bytes = [0; 16];
     let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
     if let Err(errno) = filled {

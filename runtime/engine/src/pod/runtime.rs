@@ -1,16 +1,17 @@
 //! The real guest as the actor needs it: containers made from the pod's specification and images,
 //! their output, their end.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::io::AsyncRead;
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::actor::{Runtime, StopBy, chain};
 use super::images::ResolvedImage;
+use super::input::{self, Inputs};
 use super::logs::{self, LogChunk, Stream};
 use super::state::Index;
 use super::timeline::Timeline;
@@ -44,6 +45,9 @@ pub(super) struct Parts {
     pub(super) images: BTreeMap<String, ResolvedImage>,
     pub(super) layout: Layout,
     pub(super) logs: mpsc::Sender<LogChunk>,
+    pub(super) inputs: Inputs,
+    /// How often each container was started.
+    pub(super) starts: Mutex<HashMap<Index, u32>>,
     pub(super) timeline: Timeline,
     pub(super) findings: SharedFindings,
     pub(super) measure: bool,
@@ -52,6 +56,12 @@ pub(super) struct Parts {
 /// See the module. Clones are the same.
 #[derive(Clone)]
 pub(super) struct GuestRuntime(Arc<Parts>);
+
+impl std::fmt::Debug for GuestRuntime {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GuestRuntime").field("pod", &self.0.spec.metadata.name).finish()
+    }
+}
 
 /// A container that runs: its streams are being read.
 pub(super) struct Run {
@@ -70,14 +80,21 @@ impl GuestRuntime {
         self.0.spec.all_containers().nth(index).ok_or_else(|| refused("there is no such container"))
     }
 
-    /// What the agent needs to make a container: its configuration and its root.
-    fn plan(
+    pub(super) fn guest(&self) -> &Guest {
+        &self.0.guest
+    }
+
+    pub(super) fn inputs(&self) -> &Inputs {
+        &self.0.inputs
+    }
+
+    /// The configuration of a container.
+    pub(super) fn config(
         &self,
         container: &ContainerSpec,
-    ) -> Result<(Vec<u8>, husk_proto::agent::Rootfs), StartFailure> {
-        let Parts { spec, uid, node_name, images, layout, .. } = &*self.0;
+    ) -> Result<oci_spec::runtime::Spec, StartFailure> {
+        let Parts { spec, uid, node_name, images, .. } = &*self.0;
         let image = images.get(&container.name).ok_or_else(|| refused("it has no image"))?;
-        let root = layout.root(&container.name).ok_or_else(|| refused("it has no root"))?;
         let context = StartContext {
             container_id: &container.name,
             pod_uid: uid,
@@ -86,14 +103,36 @@ impl GuestRuntime {
             // What the pod reaches is its own loopback interface, which has no address to name.
             pod_ips: &[],
         };
-        let config = oci::container_spec(spec, container, &image.config, &context)
-            .map_err(|error| refused(&chain(&error)))?;
+        oci::container_spec(spec, container, &image.config, &context)
+            .map_err(|error| refused(&chain(&error)))
+    }
+
+    /// What the agent needs to make a container: its configuration and its root.
+    fn plan(
+        &self,
+        container: &ContainerSpec,
+    ) -> Result<(Vec<u8>, husk_proto::agent::Rootfs), StartFailure> {
+        let root = self.0.layout.root(&container.name).ok_or_else(|| refused("it has no root"))?;
+        let config = self.config(container)?;
         let config = serde_json::to_vec(&config).map_err(|error| refused(&chain(&error)))?;
         Ok((config, root.clone()))
     }
 
-    /// Begins to read a container's streams.
-    fn attach(&self, container: &str, streams: Streams) -> (JoinSet<()>, watch::Sender<bool>) {
+    /// Counts one more start of a container; returns how many there were before.
+    fn count_start(&self, index: Index) -> u32 {
+        let mut starts = self.0.starts.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = starts.entry(index).or_default();
+        let before = *count;
+        *count = before.saturating_add(1);
+        before
+    }
+
+    /// Begins to carry a container's streams.
+    fn attach(
+        &self,
+        (container, run): (&str, u32),
+        streams: Streams,
+    ) -> (JoinSet<()>, watch::Sender<bool>) {
         let ended = watch::Sender::new(false);
         let name: Arc<str> = container.into();
         let mut pumps = JoinSet::new();
@@ -103,18 +142,17 @@ impl GuestRuntime {
             let (name, logs, ended) = (name.clone(), self.0.logs.clone(), ended.subscribe());
             pumps.spawn(async move {
                 match connected(accept, ended.clone()).await {
-                    Some(from) => logs::pump(from, name, stream, logs, ended).await,
+                    Some(from) => logs::pump(from, (name, run), stream, logs, ended).await,
                     None => tracing::debug!(container = %name, ?stream, "a stream never came"),
                 }
             });
         }
         if let Some(stdin) = stdin {
-            // Nobody writes, as nobody is attached, but it stays open.
-            let mut ended = ended.subscribe();
+            let (queue, ended) = (self.0.inputs.open(name), ended.subscribe());
             pumps.spawn(async move {
-                let open = connected(stdin, ended.clone()).await;
-                ended.wait_for(|ended| *ended).await.map(drop).unwrap_or_default();
-                drop(open);
+                if let Some(stdin) = connected(stdin, ended.clone()).await {
+                    input::feed(stdin, queue, ended).await;
+                }
             });
         }
         (pumps, ended)
@@ -147,10 +185,7 @@ fn refused(reason: &str) -> StartFailure {
 }
 
 /// The connection of a stream, unless the process ends without one.
-async fn connected(
-    accept: Accept,
-    mut ended: watch::Receiver<bool>,
-) -> Option<impl AsyncRead + Unpin + Send + use<>> {
+async fn connected(accept: Accept, mut ended: watch::Receiver<bool>) -> Option<UnixStream> {
     tokio::select! {
         biased;
         stream = accept.connected() => stream.ok(),
@@ -172,6 +207,7 @@ impl Runtime for GuestRuntime {
         };
         let Parts { guest, timeline, .. } = &*self.0;
         let id = &container.name;
+        let run = self.count_start(index);
         let wanted = Wanted { stdin: container.stdin, tty: container.tty };
         let (stdio, streams) = guest.expect_streams(wanted);
         let create = guest.create_container(id, config, root, stdio);
@@ -179,7 +215,7 @@ impl Runtime for GuestRuntime {
         if let Err(failure) = created {
             return Ok(Err(failure));
         }
-        let (pumps, ended) = self.attach(id, streams);
+        let (pumps, ended) = self.attach((id, run), streams);
         let start = guest.start_container(id);
         match timeline.during(format!("container {id} started"), start).await? {
             Ok(()) => Ok(Ok(Run { id: id.clone(), pumps, ended })),
