@@ -79,12 +79,16 @@ pub(crate) fn sets(names: &Capabilities, prefix: &str) -> Result<CapSets, SpecEr
             Ok(set | CapabilitySet::from_bits_retain(1 << number))
         })
     };
+    let (inheritable, permitted) =
+        (set("inheritable", &names.inheritable)?, set("permitted", &names.permitted)?);
     Ok(CapSets {
         bounding: set("bounding", &names.bounding)?,
         effective: set("effective", &names.effective)?,
-        inheritable: set("inheritable", &names.inheritable)?,
-        permitted: set("permitted", &names.permitted)?,
-        ambient: set("ambient", &names.ambient)?,
+        inheritable,
+        permitted,
+        // The kernel lets a process have no other ambient ones (capabilities(7)). runc tries, and
+        // goes on without: the configuration that `runc spec` prints relies on it.
+        ambient: set("ambient", &names.ambient)? & inheritable & permitted,
     })
 }
 
@@ -111,6 +115,18 @@ mod tests {
         let names = Capabilities { ambient: vec!["CAP_FLY".into()], ..Default::default() };
         let message = sets(&names, "process.").unwrap_err().to_string();
         assert!(message.contains("process.capabilities.ambient") && message.contains("CAP_FLY"));
+    }
+
+    #[test]
+    fn ambient_ones_that_the_kernel_would_refuse_are_left_out() {
+        let set = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect();
+        let names = Capabilities {
+            ambient: set(&["CAP_KILL", "CAP_CHOWN", "CAP_FOWNER"]),
+            permitted: set(&["CAP_KILL", "CAP_CHOWN"]),
+            inheritable: set(&["CAP_CHOWN", "CAP_FOWNER"]),
+            ..Default::default()
+        };
+        assert_eq!(sets(&names, "").unwrap().ambient, CapabilitySet::CHOWN);
     }
 
     #[test]

@@ -58,7 +58,7 @@ pub(crate) fn compare(setup: &Setup) -> Result<Vec<String>> {
 /// away its translations, eight bytes at a time: up to 200 ms for the 2 MiB that held a guest's
 /// kernel. Who gets such pages is chance, and no host of metal has this cost.
 fn scrub() {
-    const BYTES: usize = 4 * (MEMORY_MIB as usize) << 20;
+    const BYTES: usize = (4 * MEMORY_MIB as usize) << 20;
     let mut memory = vec![0_u8; BYTES];
     for page in memory.chunks_mut(PAGE as usize) {
         page[0] = 1;

@@ -7,6 +7,7 @@
 //! would. Every line that counts is `figure NAME VALUE UNIT` or `ratio NAME VALUE vs PEER`.
 
 mod boot;
+mod in_pod;
 mod pairs;
 mod qemu;
 mod run_true;
@@ -58,6 +59,9 @@ fn main() -> Result<()> {
     }
     if wanted("run") {
         results.extend(run_true::compare(&setup).context("run: husk run, against crun and runc")?);
+    }
+    if wanted("pod") {
+        results.extend(in_pod::compare(&setup).context("pod: inside a running pod, against crun")?);
     }
     println!();
     for line in results {

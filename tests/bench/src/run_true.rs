@@ -75,7 +75,7 @@ fn run(mut command: Command) -> Result<Duration> {
 }
 
 /// A runtime bundle of the image's root file system, for the peers.
-fn make_bundle(layout: &Path, bundle: &Path) -> Result<()> {
+pub(crate) fn make_bundle(layout: &Path, bundle: &Path) -> Result<()> {
     let rootfs = bundle.join("rootfs");
     fs::create_dir_all(&rootfs)?;
     let read = |path: &Path| -> Result<serde_json::Value> {
