@@ -7,6 +7,8 @@
 #![allow(missing_docs)]
 
 mod guest;
+#[path = "runner/lifecycle.rs"]
+mod lifecycle;
 
 use std::time::Duration;
 

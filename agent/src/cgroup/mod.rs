@@ -7,7 +7,9 @@
 //!      <path>       one container: its cgroupsPath, or its id
 //! ```
 
+mod apply;
 pub(crate) mod devices;
+mod read;
 pub(crate) mod values;
 
 use std::fs;
@@ -16,6 +18,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub(crate) use apply::UpdateError;
 use values::Setting;
 
 /// Where the tree is mounted.
@@ -42,7 +45,13 @@ pub(crate) enum CgroupError {
     Path(String),
     #[error("cgroup {0:?} exists already")]
     Exists(PathBuf),
-    #[error("the guest's kernel has no {file:?}, which the container's resources set")]
+    #[error("`{field}`")]
+    Setting {
+        field: String,
+        #[source]
+        source: Box<CgroupError>,
+    },
+    #[error("the guest's kernel has no {file:?}")]
     NoController { file: String },
     #[error("write {value:?} to {path:?}")]
     Write {
@@ -64,6 +73,20 @@ impl CgroupError {
     fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { what, path, source }
+    }
+
+    /// Whether the request is at fault: it asks for what this kernel cannot do, or for a value that
+    /// it does not take.
+    pub(crate) fn is_invalid(&self) -> bool {
+        match self {
+            Self::Path(_) | Self::NoController { .. } => true,
+            Self::Setting { source, .. } => source.is_invalid(),
+            Self::Write { source, .. } => matches!(
+                source.raw_os_error(),
+                Some(libc::EINVAL | libc::ERANGE | libc::ENODEV | libc::EOPNOTSUPP)
+            ),
+            Self::Exists(_) | Self::Io { .. } => false,
+        }
     }
 }
 
@@ -171,17 +194,7 @@ impl Cgroup {
         if group.exists() {
             write(&group, "1")?;
         }
-        for (file, value) in settings {
-            let target = path.join(file);
-            if !target.exists() {
-                // Without swap there is nothing that a limit of it could limit.
-                if file == "memory.swap.max" && path.join("memory.max").exists() {
-                    continue;
-                }
-                return Err(CgroupError::NoController { file: file.clone() });
-            }
-            write(&target, value)?;
-        }
+        apply::write_all(path, settings, None)?;
         let directory = open_directory(path).map_err(CgroupError::io("open", path))?;
         Ok(Self { path: path.to_owned(), directory })
     }
@@ -198,10 +211,7 @@ impl Cgroup {
 
     /// Sends a signal to every process in it. Those that end meanwhile are no error.
     pub(crate) fn signal_all(&self, signal: u32) -> Result<(), CgroupError> {
-        let mut pids = Vec::new();
-        processes(&self.path, MAX_DEPTH, &mut pids)
-            .map_err(CgroupError::io("list the processes of", &self.path))?;
-        for pid in pids.into_iter().filter_map(rustix::process::Pid::from_raw) {
+        for pid in self.processes()?.into_iter().filter_map(rustix::process::Pid::from_raw) {
             let flags = rustix::process::PidfdFlags::empty();
             if let Ok(pidfd) = rustix::process::pidfd_open(pid, flags) {
                 match crate::sys::pidfd_send_signal(pidfd.as_fd(), signal) {
@@ -215,22 +225,14 @@ impl Cgroup {
         Ok(())
     }
 
-    /// How many of its processes the kernel has killed for memory.
-    pub(crate) fn oom_kills(&self) -> u64 {
-        self.keyed("memory.events", "oom_kill")
+    /// Lets its processes stand still, or go on. Returns before they do.
+    pub(crate) fn freeze(&self, freeze: bool) -> Result<(), CgroupError> {
+        write(&self.path.join("cgroup.freeze"), if freeze { "1" } else { "0" })
     }
 
-    /// The number after `key` in a file of lines `key number`; 0 if there is none, as where the
-    /// controller is absent.
-    pub(crate) fn keyed(&self, file: &str, key: &str) -> u64 {
-        let text = fs::read_to_string(self.path.join(file)).unwrap_or_default();
-        value_of(&text, key).unwrap_or(0)
-    }
-
-    /// The number that a file holds; 0 if there is none, as where the controller is absent.
-    pub(crate) fn number(&self, file: &str) -> u64 {
-        let text = fs::read_to_string(self.path.join(file)).unwrap_or_default();
-        text.trim().parse().unwrap_or(0)
+    /// The file whose changes tell of kills for memory.
+    pub(crate) fn memory_events(&self) -> PathBuf {
+        self.path.join("memory.events")
     }
 
     /// The cgroup in which process `pid` is now, which can be below this one if the container
@@ -310,11 +312,6 @@ fn remove_tree(path: &Path, depth: usize) -> io::Result<()> {
     }
 }
 
-/// The number after `key` in lines of `key number`.
-fn value_of(text: &str, key: &str) -> Option<u64> {
-    text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -332,13 +329,5 @@ mod tests {
     fn usual_paths_are_accepted() {
         assert_eq!(components("/kubepods/pod1/c1").unwrap(), ["kubepods", "pod1", "c1"]);
         assert_eq!(components("a.slice:cri:b").unwrap(), ["a.slice:cri:b"]);
-    }
-
-    #[test]
-    fn values_are_found_by_their_whole_key() {
-        let text = "low 0\nhigh 1\noom 2\noom_kill 3\noom_group_kill 4\n";
-        assert_eq!(value_of(text, "oom_kill"), Some(3));
-        assert_eq!(value_of(text, "oom"), Some(2));
-        assert_eq!(value_of(text, "kill"), None);
     }
 }

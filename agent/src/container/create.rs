@@ -8,6 +8,7 @@ use std::sync::Arc;
 use husk_proto::agent::CreateContainerRequest;
 use husk_proto::guest;
 
+use super::events::OomWatch;
 use super::init::Job;
 use super::plan::ContainerPlan;
 use super::process::{StepError, step};
@@ -57,12 +58,17 @@ impl Runner {
             let overlay = make_directories(&remains, &rootfs.lower)?;
             devices::attach(remains.cgroup.fd(), &plan.device_rules)
                 .map_err(step("linux.resources.devices"))?;
+            let oom_watch = self
+                .events
+                .watch(&id, &remains.cgroup)
+                .map_err(step("watch for kills for memory"))?;
             let spawned = self.clone_main(&plan, &overlay, &remains, child_stdio)?;
-            self.insert(&id, &plan, &remains, spawned);
+            self.insert(&id, &plan, &remains, spawned, oom_watch);
             self.until_ready(&id, ends).await
         }
         .await;
-        let killed = matches!(result, Err(ContainerError::Died)) && remains.cgroup.oom_kills() > 0;
+        let killed = matches!(result, Err(ContainerError::Died))
+            && remains.cgroup.oom_kills().is_ok_and(|n| n > 0);
         let result = if killed { Err(ContainerError::OutOfMemory) } else { result };
         if !matches!(result, Ok(Ok(_))) {
             // It leaves the table first, but keeps its name until nothing is left of it.
@@ -105,6 +111,7 @@ impl Runner {
         plan: &Arc<ContainerPlan>,
         remains: &Arc<Remains>,
         spawned: Spawned,
+        oom_watch: Option<OomWatch>,
     ) {
         let Spawned { process, gate, reaped } = spawned;
         let container = Container {
@@ -115,6 +122,8 @@ impl Runner {
             gate: Some(gate),
             execs: Default::default(),
             execs_starting: Default::default(),
+            oom_kills_told: 0,
+            _oom_watch: oom_watch,
         };
         lock(&self.table).containers.insert(id.to_owned(), container);
         self.follow(id, MAIN, Arc::clone(remains), reaped);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use husk_proto::agent::ExecProcessRequest;
 
 use super::init::Job;
-use super::process::{ProcessPlan, StepError};
+use super::process::ProcessPlan;
 use super::spawn::{Spawned, take_master};
 use super::state::{self, Event};
 use super::{
@@ -86,7 +86,7 @@ impl Runner {
         let (ends, child_stdio) =
             stdio::open(&self.transport, &ports, plan.terminal.is_some()).await?;
         let Spawned { mut process, mut gate, reaped } = self.clone_exec(target, child_stdio)?;
-        process.oom_kills_before = target.remains.cgroup.oom_kills();
+        process.oom_kills_before = target.remains.cgroup.oom_kills()?;
         {
             let mut table = lock(&self.table);
             // The container may have been deleted while the streams were connected; dropping the
@@ -109,15 +109,15 @@ impl Runner {
         &self,
         target: &Target,
         stdio: [std::os::fd::OwnedFd; 3],
-    ) -> Result<Spawned, StepError> {
+    ) -> Result<Spawned, ContainerError> {
         let (pidfd, cgroup) = (target.pidfd.as_fd(), &target.remains.cgroup);
         let job = Job::Exec { plan: &target.plan, pidfd };
         // A container that divides its cgroup may have no process in the upper one any more
         // (cgroup v2's "no internal processes"): then go where its first process is, as runc does.
-        let divided = cgroup.keyed("cgroup.stat", "nr_descendants") > 0;
+        let divided = cgroup.keyed("cgroup.stat")?.get("nr_descendants") > 0;
         let below = if divided { Cgroup::of_process(target.pid).ok() } else { None };
         let directory = below.as_ref().map_or(cgroup.fd(), AsFd::as_fd);
-        self.spawn(&job, stdio, 0, directory, Some(pidfd))
+        Ok(self.spawn(&job, stdio, 0, directory, Some(pidfd))?)
     }
 
     /// Lets the streams of a process that is ready flow.

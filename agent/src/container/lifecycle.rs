@@ -4,15 +4,21 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_proto::agent::{self, ContainerStats};
+use husk_proto::agent;
 
-use super::state::{Event, State};
-use super::{ContainerError, Exit, Outcome, Runner, StartFailure};
+use super::spec::{self, SpecError};
+use super::state::{self, Event, Refused, State};
+use super::{Container, ContainerError, Exit, Outcome, Runner, StartFailure};
+use crate::cgroup::{Cgroup, devices};
 use crate::lock;
 use crate::sys;
 
 /// How long a shutdown waits for killed processes: they can hang in the kernel on a broken disk.
 const KILL_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long a pause waits until all processes stand still: one that hangs in the kernel does not.
+const FREEZE_LIMIT: Duration = Duration::from_secs(10);
+const FREEZE_RETRY: Duration = Duration::from_millis(2);
 
 /// Signals that exist on Linux.
 const LAST_SIGNAL: u32 = 64;
@@ -79,18 +85,93 @@ impl Runner {
             return Err(ended());
         }
         container.apply(id, Event::Signal)?;
+        let remains = Arc::clone(&container.remains);
+        let paused = container.state.is_paused();
         if all {
-            let cgroup = &container.remains.cgroup;
-            if signal == SIGKILL {
-                return Ok(cgroup.kill()?);
+            match signal {
+                SIGKILL => remains.cgroup.kill()?,
+                signal => remains.cgroup.signal_all(signal)?,
             }
-            return Ok(cgroup.signal_all(signal)?);
+        } else {
+            let process = table.process(id, exec)?;
+            if !process.alive {
+                return Err(ended());
+            }
+            sys::pidfd_send_signal(process.pidfd.as_fd(), signal).map_err(|_| ended())?;
         }
-        let process = table.process(id, exec)?;
-        if !process.alive {
-            return Err(ended());
+        if paused && signal == SIGKILL && (all || exec == super::MAIN) {
+            // As in runc: what the container's end leaves to do must not stand still.
+            remains.cgroup.freeze(false)?;
         }
-        sys::pidfd_send_signal(process.pidfd.as_fd(), signal).map_err(|_| ended())
+        Ok(())
+    }
+
+    /// Stops every process of a container; returns when all stand still.
+    ///
+    /// # Errors
+    /// [`ContainerError`]: also if it ends or is resumed meanwhile, or a process does not stop within
+    /// [`FREEZE_LIMIT`]. Then none stands still.
+    pub(crate) async fn pause(&self, id: &str) -> Result<(), ContainerError> {
+        let remains = {
+            let mut table = lock(&self.table);
+            let container = table.container(id)?;
+            container.apply(id, Event::Pause)?;
+            Arc::clone(&container.remains)
+        };
+        let result = self.until_frozen(id, &remains.cgroup).await;
+        if result.is_err()
+            && let Ok(container) = lock(&self.table).container(id)
+            && container.state.is_paused()
+        {
+            container.thaw(id)?;
+        }
+        result
+    }
+
+    async fn until_frozen(&self, id: &str, cgroup: &Cgroup) -> Result<(), ContainerError> {
+        cgroup.freeze(true)?;
+        let deadline = tokio::time::Instant::now() + FREEZE_LIMIT;
+        loop {
+            let state = lock(&self.table).container(id)?.state;
+            if !state.is_paused() {
+                let refused = Refused { state, event: Event::Pause };
+                return Err(ContainerError::Refused(id.to_owned(), refused));
+            }
+            if cgroup.is_frozen()? {
+                return Ok(());
+            }
+            if tokio::time::Instant::now() > deadline {
+                return Err(ContainerError::NotFrozen(id.to_owned()));
+            }
+            tokio::time::sleep(FREEZE_RETRY).await;
+        }
+    }
+
+    /// Lets a paused container go on.
+    ///
+    /// # Errors
+    /// [`ContainerError`], e.g. if it is not paused.
+    pub(crate) fn resume(&self, id: &str) -> Result<(), ContainerError> {
+        lock(&self.table).container(id)?.thaw(id)
+    }
+
+    /// Changes a container's resources: all that is given, or none.
+    ///
+    /// # Errors
+    /// [`ContainerError`] naming the field.
+    pub(crate) fn update(&self, id: &str, resources: &[u8]) -> Result<(), ContainerError> {
+        let resources = spec::parse_resources(resources)?;
+        let mut table = lock(&self.table);
+        let container = table.container(id)?;
+        container.apply(id, Event::Update)?;
+        // A client may send all the resources that there are, with the rules that are in force.
+        let given = &resources.devices;
+        if !given.is_empty() && devices::rules(given)? != container.plan.device_rules {
+            let reason = "cannot be changed while the container exists";
+            let count = format!("{} rules", given.len());
+            return Err(SpecError::invalid("linux.resources.devices", count, reason).into());
+        }
+        Ok(container.remains.cgroup.update(&resources)?)
     }
 
     /// Sets the window size of a process's terminal, in characters.
@@ -179,6 +260,7 @@ impl Runner {
             state: match container.state {
                 State::Creating => Wire::Unspecified,
                 State::Created => Wire::Created,
+                State::CreatedPaused | State::Paused => Wire::Paused,
                 State::Running => Wire::Running,
                 State::Stopped | State::Deleting => Wire::Stopped,
             }
@@ -187,22 +269,15 @@ impl Runner {
         };
         table.containers.iter().map(describe).collect()
     }
+}
 
-    /// What every container uses.
-    pub(crate) fn stats(&self) -> Vec<ContainerStats> {
-        let table = lock(&self.table);
-        let measure = |(id, container): (&String, &super::Container)| {
-            let cgroup = &container.remains.cgroup;
-            ContainerStats {
-                id: id.clone(),
-                cpu_usage_us: cgroup.keyed("cpu.stat", "usage_usec"),
-                memory_current: cgroup.number("memory.current"),
-                memory_peak: cgroup.number("memory.peak"),
-                oom_kills: cgroup.oom_kills(),
-                pids: cgroup.number("pids.current"),
-                ..ContainerStats::default()
-            }
-        };
-        table.containers.iter().map(measure).collect()
+impl Container {
+    /// Lets its processes go on.
+    fn thaw(&mut self, id: &str) -> Result<(), ContainerError> {
+        let next = state::transition(self.state, Event::Resume)
+            .map_err(|refused| ContainerError::Refused(id.to_owned(), refused))?;
+        self.remains.cgroup.freeze(false)?;
+        self.state = next;
+        Ok(())
     }
 }

@@ -5,6 +5,7 @@
 
 mod caps;
 mod create;
+pub(crate) mod events;
 mod exec;
 mod init;
 mod lifecycle;
@@ -13,11 +14,13 @@ mod mounts;
 mod path;
 mod plan;
 mod process;
+mod processes;
 mod report;
 pub(crate) mod rootfs;
 mod spawn;
 pub(crate) mod spec;
 mod state;
+mod stats;
 mod user;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,12 +32,13 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 
-use crate::cgroup::{Cgroup, CgroupError};
+use crate::cgroup::{Cgroup, CgroupError, UpdateError};
 use crate::lock;
 use crate::reaper::Reaper;
 use crate::stdio::{Relay, StdioError};
 use crate::transport::Transport;
 
+use events::{Events, OomWatch};
 pub(crate) use lookup::StartFailure;
 use plan::ContainerPlan;
 use process::StepError;
@@ -63,6 +67,8 @@ pub(crate) enum ContainerError {
     Busy(String),
     #[error("container {0:?}")]
     Refused(String, #[source] Refused),
+    #[error("container {0:?}: a process does not stand still, it may hang in the kernel")]
+    NotFrozen(String),
     #[error("the pod is not set up")]
     NoPod,
     #[error("rootfs: {0}")]
@@ -75,6 +81,14 @@ pub(crate) enum ContainerError {
     Stdio(#[from] StdioError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Update(#[from] UpdateError),
+    #[error("read {path}")]
+    Read {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
     #[error(transparent)]
     Step(#[from] StepError),
     #[error("the new process reports: {0}")]
@@ -128,6 +142,10 @@ struct Container {
     execs: BTreeMap<String, Process>,
     /// Names of processes that are being made.
     execs_starting: BTreeSet<String>,
+    /// How many kills for memory have been told of.
+    oom_kills_told: u64,
+    /// Tells of kills for memory as they happen.
+    _oom_watch: Option<OomWatch>,
 }
 
 /// What a container leaves behind outside its own namespaces.
@@ -154,6 +172,7 @@ pub(crate) struct Runner {
     table: Arc<Mutex<Table>>,
     transport: Transport,
     reaper: Reaper,
+    events: Events,
     /// The agent's own namespace of process IDs, to return to after a clone into another.
     own_pid_namespace: Arc<OwnedFd>,
 }
@@ -226,18 +245,21 @@ impl Table {
 }
 
 impl Runner {
-    /// A runner without containers.
+    /// A runner without containers. To be called in the runtime.
     ///
     /// # Errors
-    /// If the agent's own namespace cannot be opened.
+    /// If the agent's own namespace cannot be opened, or nothing can be watched.
     pub(crate) fn new(transport: Transport, reaper: Reaper) -> io::Result<Self> {
         let own = std::fs::File::open("/proc/self/ns/pid")?;
-        Ok(Self {
+        let runner = Self {
             table: Arc::default(),
             transport,
             reaper,
+            events: Events::new()?,
             own_pid_namespace: Arc::new(own.into()),
-        })
+        };
+        tokio::spawn(runner.clone().watch_oom_kills());
+        Ok(runner)
     }
 
     /// Takes an identifier for a container that is to be made.

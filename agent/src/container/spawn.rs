@@ -143,6 +143,8 @@ impl Runner {
             if !relay.drain().await {
                 tracing::warn!(container = id, exec, "output cut: a descendant holds it open");
             }
+            // Whoever is to hear of a kill for memory hears of it before the end.
+            tokio::task::yield_now().await;
             let (code, signal) = match reaped.how {
                 How::Code(code) => (u32::from(code), 0),
                 How::Signal(signal) => (128 + u32::from(signal), u32::from(signal)),
@@ -165,12 +167,17 @@ impl Runner {
                 tracing::warn!(container = id, %error, "cannot kill what the container left");
             }
         }
+        let oom_kills = cgroup.oom_kills().unwrap_or_else(|error| {
+            tracing::error!(container = id, error = crate::chain(&error), "kills for memory?");
+            0
+        });
+        container.tell_oom_kills(id, oom_kills, &self.events);
         let process = container.process(exec)?;
         process.alive = false;
         Some(Ended {
             relay: std::mem::take(&mut process.relay),
             outcome: process.outcome.clone(),
-            oom_killed: cgroup.oom_kills() > process.oom_kills_before,
+            oom_killed: oom_kills > process.oom_kills_before,
         })
     }
 

@@ -196,6 +196,10 @@ pub(crate) struct Resources {
     pub(crate) memory: Memory,
     pub(crate) cpu: Cpu,
     pub(crate) pids: Option<Pids>,
+    #[serde(rename = "blockIO")]
+    pub(crate) block_io: BlockIo,
+    #[serde(rename = "hugepageLimits")]
+    pub(crate) hugepage_limits: Vec<HugepageLimit>,
     pub(crate) unified: BTreeMap<String, String>,
 }
 
@@ -221,6 +225,8 @@ pub(crate) struct Memory {
     /// Cannot be honoured by cgroup v2: only false is accepted.
     #[serde(rename = "disableOOMKiller")]
     pub(crate) disable_oom_killer: bool,
+    /// Whether an update is to refuse a limit below what is in use.
+    pub(crate) check_before_update: bool,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -239,8 +245,47 @@ pub(crate) struct Cpu {
 
 #[derive(Debug, Clone, Copy, Deserialize)]
 pub(crate) struct Pids {
-    /// Not positive for no limit.
+    /// Negative for no limit, 0 for unset.
     pub(crate) limit: i64,
+}
+
+/// Weights are those of cgroup v1, 10 to 1000.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct BlockIo {
+    pub(crate) weight: Option<u16>,
+    pub(crate) weight_device: Vec<WeightDevice>,
+    #[serde(rename = "throttleReadBpsDevice")]
+    pub(crate) read_bps: Vec<ThrottleDevice>,
+    #[serde(rename = "throttleWriteBpsDevice")]
+    pub(crate) write_bps: Vec<ThrottleDevice>,
+    #[serde(rename = "throttleReadIOPSDevice")]
+    pub(crate) read_iops: Vec<ThrottleDevice>,
+    #[serde(rename = "throttleWriteIOPSDevice")]
+    pub(crate) write_iops: Vec<ThrottleDevice>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub(crate) struct WeightDevice {
+    pub(crate) major: u32,
+    pub(crate) minor: u32,
+    pub(crate) weight: Option<u16>,
+}
+
+/// Bytes or operations per second.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub(crate) struct ThrottleDevice {
+    pub(crate) major: u32,
+    pub(crate) minor: u32,
+    pub(crate) rate: u64,
+}
+
+/// In bytes.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct HugepageLimit {
+    pub(crate) page_size: String,
+    pub(crate) limit: u64,
 }
 
 /// Reads a `config.json`.
@@ -254,10 +299,6 @@ pub(crate) fn parse(json: &[u8]) -> Result<Spec, SpecError> {
         return Err(SpecError::invalid("ociVersion", &spec.oci_version, "must be 1.x"));
     }
     check_process(&spec.process, "process.")?;
-    if spec.linux.resources.memory.disable_oom_killer {
-        let field = "linux.resources.memory.disableOOMKiller";
-        return Err(SpecError::invalid(field, "true", "cgroup v2 can only have false"));
-    }
     Ok(spec)
 }
 
@@ -269,6 +310,24 @@ pub(crate) fn parse_process(json: &[u8]) -> Result<Process, SpecError> {
     let process: Process = strict(json)?;
     check_process(&process, "")?;
     Ok(process)
+}
+
+/// Reads the `linux.resources` object of an update.
+///
+/// # Errors
+/// As [`parse`].
+pub(crate) fn parse_resources(json: &[u8]) -> Result<Resources, SpecError> {
+    let named = |path: String| match path.as_str() {
+        "the document" => "linux.resources".to_owned(),
+        path => format!("linux.resources.{path}"),
+    };
+    strict(json).map_err(|error| match error {
+        SpecError::Unsupported(paths) => {
+            SpecError::Unsupported(paths.into_iter().map(named).collect())
+        }
+        SpecError::Value { path, source } => SpecError::Value { path: named(path), source },
+        other => other,
+    })
 }
 
 /// What the specification demands of every process; `prefix` is put before the fields' names.
@@ -387,7 +446,26 @@ mod tests {
             ("/process", "apparmorProfile", json!("x"), "process.apparmorProfile"),
             ("/process", "selinuxLabel", json!("x"), "process.selinuxLabel"),
             ("", "hooks", json!({"prestart": [{"path": "/x"}]}), "hooks.prestart"),
-            ("/linux", "resources", json!({"blockIO": {"weight": 1}}), "linux.resources.blockIO"),
+            ("/linux", "resources", json!({"rdma": {"mlx": {}}}), "linux.resources.rdma"),
+            ("/linux", "resources", json!({"network": {}}), "linux.resources.network"),
+            (
+                "/linux",
+                "resources",
+                json!({"cpu": {"realtimeRuntime": 1}}),
+                "linux.resources.cpu.realtimeRuntime",
+            ),
+            (
+                "/linux",
+                "resources",
+                json!({"memory": {"swappiness": 1}}),
+                "linux.resources.memory.swappiness",
+            ),
+            (
+                "/linux",
+                "resources",
+                json!({"blockIO": {"leafWeight": 100}}),
+                "linux.resources.blockIO.leafWeight",
+            ),
         ] {
             let message = error(&with(pointer, field, value));
             assert_eq!(message, format!("not supported: `{path}`"));
@@ -407,6 +485,16 @@ mod tests {
         assert!(message.starts_with("`process.user.uid`: invalid type: string"), "{message}");
         let message = error(&with("/linux", "namespaces", json!([{"type": "user"}])));
         assert!(message.starts_with("`linux.namespaces[0].type`: unknown variant"), "{message}");
+    }
+
+    #[test]
+    fn the_resources_of_an_update_are_named_as_in_the_document() {
+        let message = |json: &[u8]| crate::chain(&parse_resources(json).unwrap_err());
+        assert_eq!(message(br#"{"rdma": {"x": {}}}"#), "not supported: `linux.resources.rdma`");
+        let wrong = message(br#"{"cpu": {"shares": "x"}}"#);
+        assert!(wrong.starts_with("`linux.resources.cpu.shares`: invalid type"), "{wrong}");
+        assert!(message(b"7").starts_with("`linux.resources`"), "{}", message(b"7"));
+        assert!(parse_resources(br#"{"cpu": {"shares": 7}}"#).is_ok());
     }
 
     #[test]

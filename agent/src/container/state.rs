@@ -3,13 +3,15 @@
 //! ```text
 //!             Ready            Start            Exited
 //!  Creating ---------> Created ------> Running ---------> Stopped
-//!     |                   |                                  |
-//!     | Exited            | Exited                           | Delete
-//!     v                   v                                  v
-//!  Stopped             Stopped                            Deleting
-//!                         ^
-//!                         |  Delete of a Created container kills it first: it was never started,
-//!                         +- so it counts as not running.
+//!     |                |  | ^          |   ^                 |
+//!     | Exited   Exited|  | | Resume   |   | Resume          | Delete
+//!     v                |  v |     Pause v   |                 v
+//!  Stopped <-----------+ CreatedPaused Paused            Deleting
+//!     ^                    |              |
+//!     |       Exited       |              |
+//!     +--------------------+--------------+
+//!
+//!  Delete of a Created container kills it first: it was never started, so it counts as not running.
 //! ```
 
 /// Where a container is in its life.
@@ -19,8 +21,12 @@ pub(crate) enum State {
     Creating,
     /// Only the program remains to be started.
     Created,
+    /// As Created, and its process stands still.
+    CreatedPaused,
     /// The program runs (or its start is under way).
     Running,
+    /// Its processes stand still, or are about to.
+    Paused,
     /// Its process has ended.
     Stopped,
     /// Its remains are being removed.
@@ -38,6 +44,12 @@ pub(crate) enum Event {
     Exec,
     /// A client sends a signal to a process.
     Signal,
+    /// A client asks to stop all processes by the freezer.
+    Pause,
+    /// A client asks to let them go on.
+    Resume,
+    /// A client asks for other resources.
+    Update,
     /// The kernel says that the container's process has ended.
     Exited,
     /// A client asks to remove the container.
@@ -62,15 +74,45 @@ pub(crate) fn transition(state: State, event: Event) -> Result<State, Refused> {
         (S::Creating, E::Ready) => Ok(S::Created),
         (S::Created, E::Start) => Ok(S::Running),
         (S::Running, E::Exec) => Ok(S::Running),
-        (S::Created | S::Running, E::Signal) => Ok(state),
-        (S::Creating | S::Created | S::Running, E::Exited) => Ok(S::Stopped),
+        (S::Created, E::Pause) => Ok(S::CreatedPaused),
+        (S::Running, E::Pause) => Ok(S::Paused),
+        (S::CreatedPaused, E::Resume) => Ok(S::Created),
+        (S::Paused, E::Resume) => Ok(S::Running),
+        // A signal to a paused process waits there for it; SIGKILL ends it at once.
+        (S::Created | S::CreatedPaused | S::Running | S::Paused, E::Signal | E::Update) => {
+            Ok(state)
+        }
+        (S::Creating | S::Created | S::CreatedPaused | S::Running | S::Paused, E::Exited) => {
+            Ok(S::Stopped)
+        }
         // A deleted container's process may still have to be reaped.
         (S::Deleting, E::Exited) => Ok(S::Deleting),
         (S::Created | S::Stopped, E::Delete) => Ok(S::Deleting),
         (
-            S::Creating | S::Created | S::Running | S::Stopped | S::Deleting,
-            E::Ready | E::Start | E::Exec | E::Signal | E::Exited | E::Delete,
+            S::Creating
+            | S::Created
+            | S::CreatedPaused
+            | S::Running
+            | S::Paused
+            | S::Stopped
+            | S::Deleting,
+            E::Ready
+            | E::Start
+            | E::Exec
+            | E::Signal
+            | E::Pause
+            | E::Resume
+            | E::Update
+            | E::Exited
+            | E::Delete,
         ) => Err(Refused { state, event }),
+    }
+}
+
+impl State {
+    /// Whether a client has asked for the processes to stand still.
+    pub(crate) fn is_paused(self) -> bool {
+        matches!(self, Self::CreatedPaused | Self::Paused)
     }
 }
 
@@ -78,10 +120,26 @@ pub(crate) fn transition(state: State, event: Event) -> Result<State, Refused> {
 mod tests {
     use super::*;
 
-    const STATES: [State; 5] =
-        [State::Creating, State::Created, State::Running, State::Stopped, State::Deleting];
-    const EVENTS: [Event; 6] =
-        [Event::Ready, Event::Start, Event::Exec, Event::Signal, Event::Exited, Event::Delete];
+    const STATES: [State; 7] = [
+        State::Creating,
+        State::Created,
+        State::CreatedPaused,
+        State::Running,
+        State::Paused,
+        State::Stopped,
+        State::Deleting,
+    ];
+    const EVENTS: [Event; 9] = [
+        Event::Ready,
+        Event::Start,
+        Event::Exec,
+        Event::Signal,
+        Event::Pause,
+        Event::Resume,
+        Event::Update,
+        Event::Exited,
+        Event::Delete,
+    ];
 
     #[test]
     fn a_container_lives_from_creating_to_deleting() {
@@ -91,6 +149,9 @@ mod tests {
             (Event::Start, State::Running),
             (Event::Exec, State::Running),
             (Event::Signal, State::Running),
+            (Event::Pause, State::Paused),
+            (Event::Update, State::Paused),
+            (Event::Resume, State::Running),
             (Event::Exited, State::Stopped),
             (Event::Delete, State::Deleting),
         ] {
@@ -113,11 +174,23 @@ mod tests {
                 (State::Creating, Event::Exited),
                 (State::Created, Event::Start),
                 (State::Created, Event::Signal),
+                (State::Created, Event::Pause),
+                (State::Created, Event::Update),
                 (State::Created, Event::Exited),
                 (State::Created, Event::Delete),
+                (State::CreatedPaused, Event::Signal),
+                (State::CreatedPaused, Event::Resume),
+                (State::CreatedPaused, Event::Update),
+                (State::CreatedPaused, Event::Exited),
                 (State::Running, Event::Exec),
                 (State::Running, Event::Signal),
+                (State::Running, Event::Pause),
+                (State::Running, Event::Update),
                 (State::Running, Event::Exited),
+                (State::Paused, Event::Signal),
+                (State::Paused, Event::Resume),
+                (State::Paused, Event::Update),
+                (State::Paused, Event::Exited),
                 (State::Stopped, Event::Delete),
                 (State::Deleting, Event::Exited),
             ]

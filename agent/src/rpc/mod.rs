@@ -112,6 +112,8 @@ impl Agent {
     async fn shut_down(&self) -> Result<(), Status> {
         *lock(&self.pod) = Pod::Over;
         self.runner.kill_all().await;
+        // An open stream would hold the connection.
+        self.runner.end_events();
         // In a process of its own: writing back a disk can take long.
         if let Err(error) = self.runner.in_child("unmount", storage::unmount_all).await {
             // The VM ends all the same: nobody could do better.

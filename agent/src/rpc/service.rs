@@ -1,14 +1,14 @@
 //! The calls, one by one.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use husk_proto::agent as wire;
 use husk_proto::agent::agent_server::Agent as Service;
+use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status};
 
 use super::Agent;
 use super::status::container_status;
 use crate::container::StartFailure;
+use crate::epoch_ns;
 
 /// Runs a request to its end even if its client goes away: half of a create helps nobody.
 async fn to_the_end<T: Send + 'static>(
@@ -22,11 +22,6 @@ async fn to_the_end<T: Send + 'static>(
 
 fn failure(failure: StartFailure) -> wire::StartFailure {
     wire::StartFailure { exit_code: failure.exit_code.into(), message: failure.message }
-}
-
-/// ns since the epoch; 0 for a clock that was never set.
-fn epoch_ns(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
 }
 
 #[tonic::async_trait]
@@ -149,46 +144,48 @@ impl Service for Agent {
         &self,
         _: Request<wire::StatsRequest>,
     ) -> Result<Response<wire::StatsResponse>, Status> {
-        // A number that cannot be had is an error, never a zero.
-        let read = |path: &str| {
-            std::fs::read_to_string(path).map_err(|e| Status::internal(format!("{path}: {e}")))
-        };
-        let (memory, own) = (read("/proc/meminfo")?, read("/proc/self/status")?);
-        Ok(Response::new(wire::StatsResponse {
-            agent_rss: kib_of(&own, "VmRSS:"),
-            memory_total: kib_of(&memory, "MemTotal:"),
-            memory_available: kib_of(&memory, "MemAvailable:"),
-            containers: self.runner.stats(),
-            ..wire::StatsResponse::default()
-        }))
+        Ok(Response::new(self.runner.stats().map_err(|e| container_status(&e))?))
     }
 
     async fn pause_container(
         &self,
-        _: Request<wire::PauseContainerRequest>,
+        request: Request<wire::PauseContainerRequest>,
     ) -> Result<Response<wire::PauseContainerResponse>, Status> {
-        Err(Status::unimplemented("pause_container"))
+        let agent = self.clone();
+        to_the_end(async move {
+            let wire::PauseContainerRequest { id } = request.into_inner();
+            agent.runner.pause(&id).await.map_err(|e| container_status(&e))?;
+            Ok(wire::PauseContainerResponse {})
+        })
+        .await
     }
 
     async fn resume_container(
         &self,
-        _: Request<wire::ResumeContainerRequest>,
+        request: Request<wire::ResumeContainerRequest>,
     ) -> Result<Response<wire::ResumeContainerResponse>, Status> {
-        Err(Status::unimplemented("resume_container"))
+        let wire::ResumeContainerRequest { id } = request.into_inner();
+        self.runner.resume(&id).map_err(|e| container_status(&e))?;
+        Ok(Response::new(wire::ResumeContainerResponse {}))
     }
 
     async fn update_container(
         &self,
-        _: Request<wire::UpdateContainerRequest>,
+        request: Request<wire::UpdateContainerRequest>,
     ) -> Result<Response<wire::UpdateContainerResponse>, Status> {
-        Err(Status::unimplemented("update_container"))
+        let wire::UpdateContainerRequest { id, resources } = request.into_inner();
+        self.runner.update(&id, &resources).map_err(|e| container_status(&e))?;
+        Ok(Response::new(wire::UpdateContainerResponse {}))
     }
 
     async fn list_processes(
         &self,
-        _: Request<wire::ListProcessesRequest>,
+        request: Request<wire::ListProcessesRequest>,
     ) -> Result<Response<wire::ListProcessesResponse>, Status> {
-        Err(Status::unimplemented("list_processes"))
+        let wire::ListProcessesRequest { container_id } = request.into_inner();
+        let processes = self.runner.processes(&container_id).await;
+        let processes = processes.map_err(|e| container_status(&e))?;
+        Ok(Response::new(wire::ListProcessesResponse { processes }))
     }
 
     async fn probe(
@@ -234,7 +231,9 @@ impl Service for Agent {
         &self,
         _: Request<wire::WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
-        Err(Status::unimplemented("watch_events"))
+        let events = self.runner.events();
+        let events = events.ok_or_else(|| Status::failed_precondition("the guest shuts down"))?;
+        Ok(Response::new(Box::pin(events.map(Ok))))
     }
 
     async fn shutdown(
@@ -247,25 +246,5 @@ impl Service for Agent {
             Ok(wire::ShutdownResponse {})
         })
         .await
-    }
-}
-
-/// The value of a line `key  number kB`, in bytes; 0 if there is none.
-fn kib_of(text: &str, key: &str) -> u64 {
-    text.lines()
-        .find_map(|l| l.strip_prefix(key)?.trim().strip_suffix(" kB")?.parse::<u64>().ok())
-        .unwrap_or(0)
-        .saturating_mul(1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn kernel_sizes_are_read_in_bytes() {
-        let text = "MemTotal:         100 kB\nMemAvailable:   7 kB\n";
-        assert_eq!(kib_of(text, "MemTotal:"), 102_400);
-        assert_eq!(kib_of(text, "MemFree:"), 0);
     }
 }

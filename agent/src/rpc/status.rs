@@ -4,6 +4,7 @@ use std::error::Error;
 
 use tonic::{Code, Status};
 
+use crate::cgroup::{CgroupError, UpdateError};
 use crate::chain;
 use crate::container::ContainerError;
 use crate::pod::PodError;
@@ -23,11 +24,11 @@ pub(super) fn container_status(error: &ContainerError) -> Status {
         E::Exists(_) | E::ExecExists { .. } => Code::AlreadyExists,
         E::Busy(_) | E::Refused(..) | E::NoPod | E::NoTerminal { .. } => Code::FailedPrecondition,
         E::Stdio(crate::stdio::StdioError::StderrOfTerminal(_)) => Code::InvalidArgument,
-        E::Cgroup(e) => match e {
-            crate::cgroup::CgroupError::Path(_) => Code::InvalidArgument,
-            crate::cgroup::CgroupError::Exists(_) => Code::AlreadyExists,
-            _ => Code::Internal,
-        },
+        E::Cgroup(CgroupError::Exists(_)) => Code::AlreadyExists,
+        E::Cgroup(e) | E::Update(UpdateError::Cgroup(e)) if e.is_invalid() => Code::InvalidArgument,
+        E::Update(UpdateError::Spec(_) | UpdateError::InUse { .. }) => Code::InvalidArgument,
+        E::Cgroup(_) | E::Update(UpdateError::Cgroup(_)) => Code::Internal,
+        E::NotFrozen(_) | E::Read { .. } => Code::Internal,
         E::Stdio(_) | E::Step(_) | E::Reported(_) | E::Died | E::OutOfMemory => Code::Internal,
     };
     Status::new(code, chain(error as &dyn Error))
