@@ -315,6 +315,77 @@ pub(crate) fn install_fd(fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
     Ok(())
 }
 
+/// How a process is scheduled: the fields of `struct sched_attr` (linux/sched/types.h).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SchedAttr {
+    /// `SCHED_*`
+    pub(crate) policy: u32,
+    /// `SCHED_FLAG_*`
+    pub(crate) flags: u64,
+    pub(crate) nice: i32,
+    pub(crate) priority: u32,
+    /// These three in nanoseconds.
+    pub(crate) runtime: u64,
+    pub(crate) deadline: u64,
+    pub(crate) period: u64,
+}
+
+/// Changes how this process is scheduled.
+pub(crate) fn sched_setattr(attr: &SchedAttr) -> io::Result<()> {
+    /// SCHED_ATTR_SIZE_VER0.
+    #[repr(C)]
+    struct Attr {
+        size: u32,
+        policy: u32,
+        flags: u64,
+        nice: i32,
+        priority: u32,
+        runtime: u64,
+        deadline: u64,
+        period: u64,
+    }
+    let SchedAttr { policy, flags, nice, priority, runtime, deadline, period } = *attr;
+    let size = size_of::<Attr>() as u32;
+    let attr = Attr { size, policy, flags, nice, priority, runtime, deadline, period };
+    // SAFETY: `attr` is valid for the size that it names.
+    let rc = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &attr, 0_u32) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sets the I/O priority of this process: its class from bit 13 up, and the level.
+pub(crate) fn ioprio_set(priority: u16) -> io::Result<()> {
+    /// IOPRIO_WHO_PROCESS of linux/ioprio.h.
+    const WHO_PROCESS: libc::c_int = 1;
+    // SAFETY: takes integers only.
+    let rc =
+        unsafe { libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, 0, libc::c_int::from(priority)) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sets the execution domain of this process (`PER_*`).
+pub(crate) fn personality(domain: u32) -> io::Result<()> {
+    // SAFETY: takes an integer only.
+    let rc = unsafe { libc::personality(libc::c_ulong::from(domain)) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Installs a seccomp filter on this process. `flags` are `SECCOMP_FILTER_FLAG_*`.
+pub(crate) fn install_seccomp_filter(
+    program: &[crate::container::FilterInstruction],
+    flags: u32,
+) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        // The kernel only reads it.
+        filter: program.as_ptr().cast_mut().cast(),
+    };
+    // SAFETY: `program` points to as many instructions as it says, each laid out as a sock_filter,
+    // and outlives the call.
+    let rc =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &program) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Loads a BPF program of type `BPF_PROG_TYPE_CGROUP_DEVICE` and attaches it to a cgroup, which
 /// keeps it for as long as it exists.
 pub(crate) fn attach_device_program(

@@ -9,6 +9,10 @@
 mod guest;
 #[path = "runner/lifecycle.rs"]
 mod lifecycle;
+#[path = "runner/process.rs"]
+mod process;
+#[path = "runner/seccomp.rs"]
+mod seccomp;
 
 use std::time::Duration;
 

@@ -47,6 +47,15 @@ pub(crate) enum Job<'a> {
     Exec { plan: &'a ProcessPlan, pidfd: BorrowedFd<'a> },
 }
 
+impl Job<'_> {
+    fn process(&self) -> &ProcessPlan {
+        match self {
+            Job::Container { plan, .. } => &plan.process,
+            Job::Exec { plan, .. } => plan,
+        }
+    }
+}
+
 /// Why a process could not be prepared.
 enum Trouble {
     Failure(StartFailure),
@@ -91,6 +100,9 @@ pub(crate) fn run(job: &Job<'_>, pipes: &Pipes) -> ! {
         }
         Err(trouble) => give_up(pipes, trouble),
     };
+    if let Err(error) = job.process().apply_seccomp() {
+        give_up(pipes, Trouble::Step(error));
+    }
     let error = sys::execve(&program.path, &program.args, &program.env);
     let path = program.path.to_string_lossy();
     give_up(pipes, Trouble::Failure(lookup::exec_failure(&path, &error)))
@@ -141,11 +153,9 @@ fn prepare(job: &Job<'_>, pipes: &Pipes) -> Result<(Program, Option<OwnedFd>), T
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(step("make undumpable"))?;
 
-    let process = match job {
-        Job::Container { plan, .. } => &plan.process,
-        Job::Exec { plan, .. } => plan,
-    };
+    let process = job.process();
     process.apply_oom_score()?;
+    process.apply_scheduling(matches!(job, Job::Exec { .. }))?;
     match job {
         Job::Container { plan, overlay } => {
             enter_namespaces(plan)?;

@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use husk_proto::guest;
 
 use super::mounts::{self, MountPlan};
-use super::process::ProcessPlan;
+use super::process::{Confinement, ProcessPlan};
+use super::scheduling;
+use super::seccomp::Filter;
 use super::spec::{self, Device, Namespace, NamespaceKind, Spec, SpecError};
 use crate::cgroup::devices::{self, Rule};
 use crate::cgroup::values::{self, Setting};
@@ -18,6 +20,7 @@ pub(crate) struct ContainerPlan {
     pub(crate) process: ProcessPlan,
     /// The `process` object as given, from which an exec takes what it does not say itself.
     pub(crate) given: spec::Process,
+    confinement: Confinement,
     pub(crate) namespaces: Namespaces,
     pub(crate) mounts: Vec<MountPlan>,
     pub(crate) devices: Vec<DeviceNode>,
@@ -125,9 +128,14 @@ impl ContainerPlan {
             })?),
         };
         let cgroup_path = linux.cgroups_path.clone().filter(|p| !p.is_empty());
+        let confinement = Confinement {
+            seccomp: linux.seccomp.as_ref().map(Filter::new).transpose()?,
+            personality: linux.personality.as_ref().map(scheduling::personality).transpose()?,
+        };
         Ok(Self {
-            process: ProcessPlan::new(&spec.process, "process.")?,
+            process: ProcessPlan::new(&spec.process, "process.", confinement.clone())?,
             given: spec.process.clone(),
+            confinement,
             hostname: own_name("hostname", spec.hostname.as_deref(), &namespaces, pod_hostname)?,
             domainname: own_name("domainname", spec.domainname.as_deref(), &namespaces, "")?,
             namespaces,
@@ -154,7 +162,11 @@ impl ContainerPlan {
         process.rlimits = process.rlimits.or_else(|| given.rlimits.clone());
         process.no_new_privileges = process.no_new_privileges.or(given.no_new_privileges);
         process.oom_score_adj = process.oom_score_adj.or(given.oom_score_adj);
-        ProcessPlan::new(&process, "")
+        process.scheduler = process.scheduler.or_else(|| given.scheduler.clone());
+        process.io_priority = process.io_priority.or_else(|| given.io_priority.clone());
+        process.exec_cpu_affinity =
+            process.exec_cpu_affinity.or_else(|| given.exec_cpu_affinity.clone());
+        ProcessPlan::new(&process, "", self.confinement.clone())
     }
 }
 

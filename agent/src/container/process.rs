@@ -8,8 +8,19 @@ use rustix::process::{Gid, Resource, Rlimit, Uid};
 use rustix::thread::{self, CapabilitySet, CapabilitySets};
 
 use super::caps::{self, CapSets};
+use super::scheduling::{self, Affinity};
+use super::seccomp::Filter;
 use super::spec::{self, Capabilities, Process, SpecError};
 use super::user::{self, Identity};
+use crate::sys::{self, SchedAttr};
+
+/// What every process of a container is subject to, whoever starts it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Confinement {
+    pub(crate) seccomp: Option<Filter>,
+    /// `PER_*` of personality(2).
+    pub(crate) personality: Option<u32>,
+}
 
 /// A process, understood.
 #[derive(Debug, Clone)]
@@ -27,6 +38,11 @@ pub(crate) struct ProcessPlan {
     rlimits: Vec<(Resource, Rlimit)>,
     no_new_privileges: bool,
     oom_score_adj: i32,
+    scheduler: Option<SchedAttr>,
+    io_priority: Option<u16>,
+    /// For an exec only.
+    pub(crate) affinity: Affinity,
+    confinement: Confinement,
     /// Some if it has a terminal: its columns and rows, both 0 if the specification gives none.
     pub(crate) terminal: Option<(u16, u16)>,
 }
@@ -79,7 +95,11 @@ impl ProcessPlan {
     ///
     /// # Errors
     /// [`SpecError::Invalid`] naming the field.
-    pub(crate) fn new(process: &Process, prefix: &str) -> Result<Self, SpecError> {
+    pub(crate) fn new(
+        process: &Process,
+        prefix: &str,
+        confinement: Confinement,
+    ) -> Result<Self, SpecError> {
         let given = &process.user;
         // The kernel takes this number for "do not change".
         for (name, id) in [("uid", given.uid), ("gid", given.gid)]
@@ -115,6 +135,21 @@ impl ProcessPlan {
             rlimits: rlimits(process.rlimits.as_deref().unwrap_or_default(), prefix)?,
             no_new_privileges: process.no_new_privileges.unwrap_or(false),
             oom_score_adj: adj,
+            scheduler: process
+                .scheduler
+                .as_ref()
+                .map(|given| scheduling::scheduler(given, prefix))
+                .transpose()?,
+            io_priority: process
+                .io_priority
+                .as_ref()
+                .map(|given| scheduling::io_priority(given, prefix))
+                .transpose()?,
+            affinity: match &process.exec_cpu_affinity {
+                Some(given) => scheduling::affinity(given, prefix)?,
+                None => Affinity::default(),
+            },
+            confinement,
             terminal: process
                 .terminal
                 .then(|| process.console_size.map_or((0, 0), |s| (s.width, s.height))),
@@ -126,6 +161,12 @@ impl ProcessPlan {
     pub(crate) fn apply_oom_score(&self) -> Result<(), StepError> {
         std::fs::write("/proc/self/oom_score_adj", self.oom_score_adj.to_string())
             .map_err(step("oomScoreAdj"))
+    }
+
+    /// Sets how the process is scheduled. To be called while it has all rights.
+    pub(crate) fn apply_scheduling(&self, exec: bool) -> Result<(), StepError> {
+        let cpus = self.affinity.last.as_ref().filter(|_| exec);
+        scheduling::apply(self.scheduler.as_ref(), self.io_priority, cpus)
     }
 
     /// Sets the resource limits, which the process may not raise itself later.
@@ -160,7 +201,6 @@ impl ProcessPlan {
     }
 
     /// Goes to the working directory, and becomes the user with its groups and capabilities.
-    /// The last thing before the program.
     pub(crate) fn apply_identity(&self, identity: &Identity) -> Result<(), StepError> {
         rustix::process::umask(Mode::from_raw_mode(self.umask & 0o777));
         // As runc: first with all rights; then again as the user, who may be the only one to enter
@@ -179,7 +219,31 @@ impl ProcessPlan {
         if self.no_new_privileges {
             thread::set_no_new_privs(true).map_err(step("noNewPrivileges"))?;
         }
+        if let Some(domain) = self.confinement.personality {
+            sys::personality(domain).map_err(step("linux.personality"))?;
+        }
         Ok(())
+    }
+
+    /// Confines the process to the system calls of its profile: the very last thing, after which the
+    /// profile need not allow more than the execution of the program.
+    pub(crate) fn apply_seccomp(&self) -> Result<(), StepError> {
+        match &self.confinement.seccomp {
+            Some(filter) => filter.install().map_err(step("linux.seccomp")),
+            None => Ok(()),
+        }
+    }
+
+    /// What the process still needs of the agent's rights up to the execution of its program: to
+    /// install a filter without `no_new_privs`. It need not be dropped before, because an execution
+    /// does not look at the effective and permitted sets of who executes (capabilities(7)), and
+    /// could not be without a system call that the profile may forbid.
+    fn until_executed(&self) -> CapabilitySet {
+        if self.confinement.seccomp.is_some() && !self.no_new_privileges {
+            CapabilitySet::SYS_ADMIN
+        } else {
+            CapabilitySet::empty()
+        }
     }
 
     /// The order matters: the bounding set needs CAP_SETPCAP, the groups need CAP_SETGID, and the
@@ -198,8 +262,8 @@ impl ProcessPlan {
         thread::set_thread_res_uid(uid, uid, uid).map_err(step("user.uid"))?;
         thread::set_keep_capabilities(false).map_err(step("keep capabilities"))?;
         let sets = CapabilitySets {
-            effective: wanted.effective,
-            permitted: wanted.permitted,
+            effective: wanted.effective | self.until_executed(),
+            permitted: wanted.permitted | self.until_executed(),
             inheritable: wanted.inheritable,
         };
         thread::set_capabilities(None, sets).map_err(step("capabilities"))?;
@@ -301,7 +365,8 @@ mod tests {
     fn plan(extra: Value) -> Result<ProcessPlan, SpecError> {
         let mut process = json!({"cwd": "/", "args": ["true"]});
         process.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-        ProcessPlan::new(&serde_json::from_value(process).unwrap(), "process.")
+        let process = serde_json::from_value(process).unwrap();
+        ProcessPlan::new(&process, "process.", Confinement::default())
     }
 
     #[test]

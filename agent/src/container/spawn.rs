@@ -13,6 +13,7 @@ use tokio::sync::{oneshot, watch};
 use super::init::{self, Job, Pipes};
 use super::process::{StepError, step};
 use super::report::{self, Report};
+use super::scheduling::OnCpus;
 use super::state::Event;
 use super::{ContainerError, Exit, MAIN, Outcome, Process, Runner, StartFailure};
 use crate::cgroup::Cgroup;
@@ -97,7 +98,18 @@ impl Runner {
             rustix::thread::move_into_thread_name_spaces(fd, kind)
                 .map_err(step("enter the process ID namespace"))?;
         }
-        let cloned = sys::clone_process(flags, Some(cgroup));
+        let cpus = match job {
+            Job::Exec { plan, .. } => OnCpus::go(plan.affinity.initial),
+            Job::Container { .. } => OnCpus::go(None),
+        };
+        let cloned = cpus.and_then(|guard| {
+            let cloned = sys::clone_process(flags, Some(cgroup)).map_err(step("clone"));
+            if matches!(cloned, Ok(Cloned::Child)) {
+                // The new process stays there, if it is not told otherwise.
+                std::mem::forget(guard);
+            }
+            cloned
+        });
         if matches!(cloned, Ok(Cloned::Child)) {
             init::run(job, &pipes);
         }
@@ -109,7 +121,7 @@ impl Runner {
             tracing::error!(%error, "the agent cannot return to its own namespace");
             std::process::abort();
         }
-        match cloned.map_err(step("clone"))? {
+        match cloned? {
             Cloned::Child => sys::exit_now(u8::MAX),
             Cloned::Parent { pid, pidfd } => {
                 let process = Process {

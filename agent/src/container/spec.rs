@@ -10,6 +10,9 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::scheduling::{ExecCpuAffinity, IoPriority, Personality, Scheduler};
+use super::seccomp::Seccomp;
+
 /// A specification that cannot be honoured. The texts name fields as `linux.resources.cpu.shares`.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SpecError {
@@ -81,11 +84,19 @@ pub(crate) struct Process {
     #[serde(default)]
     pub(crate) env: Vec<String>,
     pub(crate) cwd: String,
-    /// Absent: none, or in an exec those of the container. So are the next two.
+    /// Absent: none, or in an exec those of the container. So are the next six.
     pub(crate) capabilities: Option<Capabilities>,
     pub(crate) rlimits: Option<Vec<Rlimit>>,
     pub(crate) no_new_privileges: Option<bool>,
     pub(crate) oom_score_adj: Option<i32>,
+    pub(crate) scheduler: Option<Scheduler>,
+    pub(crate) io_priority: Option<IoPriority>,
+    /// Of execs only.
+    #[serde(rename = "execCPUAffinity")]
+    pub(crate) exec_cpu_affinity: Option<ExecCpuAffinity>,
+    /// The kernel of the guest has no security modules: these must be empty.
+    apparmor_profile: Option<String>,
+    selinux_label: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -153,6 +164,10 @@ pub(crate) struct Linux {
     pub(crate) masked_paths: Vec<String>,
     pub(crate) readonly_paths: Vec<String>,
     pub(crate) rootfs_propagation: Option<String>,
+    pub(crate) seccomp: Option<Seccomp>,
+    pub(crate) personality: Option<Personality>,
+    /// As the labels of a process.
+    mount_label: Option<String>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -299,6 +314,7 @@ pub(crate) fn parse(json: &[u8]) -> Result<Spec, SpecError> {
         return Err(SpecError::invalid("ociVersion", &spec.oci_version, "must be 1.x"));
     }
     check_process(&spec.process, "process.")?;
+    no_label("linux.mountLabel", spec.linux.mount_label.as_deref())?;
     Ok(spec)
 }
 
@@ -348,11 +364,21 @@ fn check_process(process: &Process, prefix: &str) -> Result<(), SpecError> {
         let field = prefix.trim_end_matches('.');
         return Err(SpecError::invalid(field, bad, "must not contain a NUL"));
     }
+    no_label(&format!("{prefix}apparmorProfile"), process.apparmor_profile.as_deref())?;
+    no_label(&format!("{prefix}selinuxLabel"), process.selinux_label.as_deref())?;
     if process.console_size.is_some() && !process.terminal {
         // The specification: "Runtimes MUST ignore consoleSize if terminal is false or unset."
         tracing::debug!("consoleSize without a terminal is ignored");
     }
     Ok(())
+}
+
+/// Refuses a label, except the empty one, by which engines say that there is none.
+fn no_label(field: &str, label: Option<&str>) -> Result<(), SpecError> {
+    match label {
+        None | Some("") => Ok(()),
+        Some(_) => Err(SpecError::Unsupported(vec![field.to_owned()])),
+    }
 }
 
 /// Deserialises, and refuses every field that was not read.
@@ -441,7 +467,7 @@ mod tests {
     fn every_field_that_is_not_honoured_is_named_by_its_path() {
         for (pointer, field, value, path) in [
             ("", "solaris", json!({}), "solaris"),
-            ("/linux", "seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW"}), "linux.seccomp"),
+            ("/linux", "mountLabel", json!("x"), "linux.mountLabel"),
             ("/linux", "intelRdt", json!({"closID": "x"}), "linux.intelRdt"),
             ("/process", "apparmorProfile", json!("x"), "process.apparmorProfile"),
             ("/process", "selinuxLabel", json!("x"), "process.selinuxLabel"),
@@ -477,6 +503,13 @@ mod tests {
         parse(&with("/linux", "seccomp", Value::Null)).unwrap();
         parse(&with("/linux", "gidMappings", json!([]))).unwrap();
         parse(&with("", "hooks", json!({}))).unwrap();
+    }
+
+    #[test]
+    fn empty_labels_count_as_absent() {
+        parse(&with("/process", "apparmorProfile", json!(""))).unwrap();
+        parse(&with("/process", "selinuxLabel", json!(""))).unwrap();
+        parse(&with("/linux", "mountLabel", json!(""))).unwrap();
     }
 
     #[test]
