@@ -54,52 +54,91 @@ pub(crate) enum Ends {
     Terminal { input: Option<UnixStream>, output: Option<UnixStream> },
 }
 
-/// Connects the streams that `ports` names. Returns the agent's ends, and what the process is to
-/// have as its standard input, output and error.
+/// Streams whose pipes are there and whose connections are not.
+pub(crate) struct Unconnected {
+    stdin_port: u32,
+    input: Option<pipe::Sender>,
+    /// Ports with the pipes that lead to them.
+    outputs: Vec<(u32, pipe::Receiver)>,
+    /// The port of a terminal's output, for a process that has one; then there are no pipes.
+    terminal_output: Option<u32>,
+}
+
+/// Makes the pipes of the streams that `ports` names (0: none). Returns what the process is to have
+/// as its standard input, output and error; with a terminal, that is replaced by it.
 ///
 /// # Errors
 /// [`StdioError`]; then nothing is left open.
-pub(crate) async fn open(
-    transport: &Transport,
+pub(crate) fn prepare(
     ports: &Stdio,
     terminal: bool,
-) -> Result<(Ends, [OwnedFd; 3]), StdioError> {
-    let connect = async |port: u32| match port {
-        0 => Ok(None),
-        port => transport.connect(port).await.map(Some).map_err(StdioError::Connect),
-    };
-    if terminal && ports.stderr_port != 0 {
-        return Err(StdioError::StderrOfTerminal(ports.stderr_port));
-    }
-    let input = connect(ports.stdin_port).await?;
-    let output = connect(ports.stdout_port).await?;
+) -> Result<(Unconnected, [OwnedFd; 3]), StdioError> {
+    let Stdio { stdin_port, stdout_port, stderr_port } = *ports;
     if terminal {
-        let ends = Ends::Terminal { input, output };
-        return Ok((ends, [null()?, null()?, null()?]));
+        if stderr_port != 0 {
+            return Err(StdioError::StderrOfTerminal(stderr_port));
+        }
+        let (input, outputs, terminal_output) = (None, Vec::new(), Some(stdout_port));
+        let streams = Unconnected { stdin_port, input, outputs, terminal_output };
+        return Ok((streams, [null()?, null()?, null()?]));
     }
-    let error = connect(ports.stderr_port).await?;
-
     let make_pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(failed("make a pipe"));
-    let mut outputs = Vec::new();
-    let (input, child_input) = match input {
-        None => (None, null()?),
-        Some(socket) => {
+    let (input, child_input) = match stdin_port {
+        0 => (None, null()?),
+        _ => {
             let (read, write) = make_pipe()?;
             let write = pipe::Sender::from_owned_fd(write).map_err(failed("watch a pipe"))?;
-            (Some((socket, write)), read)
+            (Some(write), read)
         }
     };
-    let mut child_output = |socket: Option<UnixStream>| match socket {
-        None => null(),
-        Some(socket) => {
+    let mut outputs = Vec::new();
+    let mut child_output = |port: u32| match port {
+        0 => null(),
+        port => {
             let (read, write) = make_pipe()?;
             let read = pipe::Receiver::from_owned_fd(read).map_err(failed("watch a pipe"))?;
-            outputs.push((read, socket));
+            outputs.push((port, read));
             Ok(write)
         }
     };
-    let (child_output, child_error) = (child_output(output)?, child_output(error)?);
-    Ok((Ends::Pipes { input, outputs }, [child_input, child_output, child_error]))
+    let (child_output, child_error) = (child_output(stdout_port)?, child_output(stderr_port)?);
+    let streams = Unconnected { stdin_port, input, outputs, terminal_output: None };
+    Ok((streams, [child_input, child_output, child_error]))
+}
+
+impl Unconnected {
+    /// Connects the streams to the host, all at once. To be waited for beside the making of the
+    /// process, which takes as long.
+    ///
+    /// # Errors
+    /// [`StdioError`]; then nothing is left open.
+    pub(crate) async fn connect(self, transport: &Transport) -> Result<Ends, StdioError> {
+        let Unconnected { stdin_port, input, outputs, terminal_output } = self;
+        let connect = |port: u32| async move {
+            match port {
+                0 => Ok(None),
+                port => transport.connect(port).await.map(Some).map_err(StdioError::Connect),
+            }
+        };
+        if let Some(port) = terminal_output {
+            let (input, output) = tokio::try_join!(connect(stdin_port), connect(port))?;
+            return Ok(Ends::Terminal { input, output });
+        }
+        // There are two at most.
+        let mut outputs = outputs.into_iter();
+        let (first, second) = (outputs.next(), outputs.next());
+        let port_of = |output: &Option<(u32, pipe::Receiver)>| output.as_ref().map_or(0, |o| o.0);
+        let (stdin, one, other) = tokio::try_join!(
+            connect(stdin_port),
+            connect(port_of(&first)),
+            connect(port_of(&second)),
+        )?;
+        let with_pipe = |(output, socket): (Option<(u32, pipe::Receiver)>, Option<UnixStream>)| {
+            output.map(|(_, pipe)| pipe).zip(socket)
+        };
+        let outputs = [(first, one), (second, other)].into_iter().filter_map(with_pipe).collect();
+        Ok(Ends::Pipes { input: stdin.zip(input), outputs })
+    }
 }
 
 fn null() -> Result<OwnedFd, StdioError> {

@@ -1,9 +1,9 @@
 //! Making a container.
 
-use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::{fs, io};
 
 use husk_proto::agent::CreateContainerRequest;
 use husk_proto::guest;
@@ -20,7 +20,7 @@ use super::{Container, ContainerError, MAIN, Remains, Runner, StartFailure, chec
 use crate::cgroup::{Cgroup, devices};
 use crate::lock;
 use crate::pod::PodInfo;
-use crate::stdio::{self, Ends, Relay};
+use crate::stdio::{self, Relay, Unconnected};
 use crate::storage;
 
 /// Most layers of an overlay (OVL_MAX_STACK).
@@ -46,7 +46,7 @@ impl Runner {
 
         let terminal = plan.process.terminal.is_some();
         let ports = stdio.unwrap_or_default();
-        let (ends, child_stdio) = stdio::open(&self.transport, &ports, terminal).await?;
+        let (streams, child_stdio) = stdio::prepare(&ports, terminal)?;
 
         let layer = storage::mount_point(&rootfs.upper_on).join("containers").join(&id);
         let directory = Path::new(guest::CONTAINERS).join(&id);
@@ -64,7 +64,7 @@ impl Runner {
                 .map_err(step("watch for kills for memory"))?;
             let spawned = self.clone_main(&plan, &overlay, &remains, child_stdio)?;
             self.insert(&id, &plan, &remains, spawned, oom_watch);
-            self.until_ready(&id, ends).await
+            self.until_ready(&id, streams).await
         }
         .await;
         let killed = matches!(result, Err(ContainerError::Died))
@@ -133,11 +133,13 @@ impl Runner {
     async fn until_ready(
         &self,
         id: &str,
-        ends: Ends,
+        streams: Unconnected,
     ) -> Result<Result<u32, StartFailure>, ContainerError> {
         let gate = lock(&self.table).container(id)?.gate.take();
         let mut gate = gate.ok_or(ContainerError::Died)?;
-        let terminal = match gate.ready().await? {
+        let connected = async { Ok(streams.connect(&self.transport).await?) };
+        let (ready, ends) = tokio::try_join!(gate.ready(), connected)?;
+        let terminal = match ready {
             Ok(terminal) => terminal,
             Err(failure) => return Ok(Err(failure)),
         };
@@ -157,7 +159,7 @@ impl Runner {
         let cgroup = remains.cgroup.remove().await;
         let layer = self.remove_layer(remains).await;
         let directory = match fs::remove_dir_all(&remains.directory) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result.map_err(step("remove the container's directory")),
         };
         cgroup?;
@@ -171,10 +173,37 @@ impl Runner {
         if !remains.layer.exists() {
             return Ok(());
         }
-        // It can hold any number of files.
+        // It can hold any number of files, but most hold next to nothing.
+        if is_small(&remains.layer).map_err(step("look at the writable layer"))? {
+            return fs::remove_dir_all(&remains.layer).map_err(step("remove the writable layer"));
+        }
         let path = remains.layer.clone();
         self.in_child("remove the writable layer", move || fs::remove_dir_all(path)).await
     }
+}
+
+/// Whether a tree is so small that its removal holds up nobody.
+fn is_small(tree: &Path) -> io::Result<bool> {
+    const ENTRIES: usize = 128;
+    /// In blocks of 512 bytes: freeing much takes time too.
+    const BLOCKS: u64 = 32 << 11;
+    let (mut entries, mut blocks): (usize, u64) = (0, 0);
+    let mut directories = vec![tree.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            let metadata = entry.metadata()?;
+            entries = entries.saturating_add(1);
+            blocks = blocks.saturating_add(metadata.blocks());
+            if entries > ENTRIES || blocks > BLOCKS {
+                return Ok(false);
+            }
+            if metadata.is_dir() {
+                directories.push(entry.path());
+            }
+        }
+    }
+    Ok(true)
 }
 
 /// Checks the names of a container's layers.
@@ -219,4 +248,22 @@ fn make_directories(remains: &Remains, lower: &[String]) -> Result<Overlay, Step
         work: text(&work),
         target: text(&target),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_small_is_removed_at_once() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("work/work/incompat")).unwrap();
+        std::os::unix::fs::symlink("/", root.path().join("work/elsewhere")).unwrap();
+        assert!(is_small(root.path()).unwrap(), "links are not followed");
+        for file in 0..200 {
+            fs::write(root.path().join(file.to_string()), "").unwrap();
+        }
+        assert!(!is_small(root.path()).unwrap());
+        assert!(is_small(&root.path().join("missing")).is_err());
+    }
 }

@@ -83,20 +83,20 @@ impl Runner {
         ports: husk_proto::agent::Stdio,
     ) -> Result<Result<u32, StartFailure>, ContainerError> {
         let plan = &target.plan;
-        let (ends, child_stdio) =
-            stdio::open(&self.transport, &ports, plan.terminal.is_some()).await?;
+        let (streams, child_stdio) = stdio::prepare(&ports, plan.terminal.is_some())?;
         let Spawned { mut process, mut gate, reaped } = self.clone_exec(target, child_stdio)?;
         process.oom_kills_before = target.remains.cgroup.oom_kills()?;
         {
             let mut table = lock(&self.table);
-            // The container may have been deleted while the streams were connected; dropping the
-            // gate then ends the new process.
+            // If the container has been deleted meanwhile, dropping the gate ends the new process.
             let container = table.container(id)?;
             forget_oldest(&mut container.execs);
             container.execs.insert(exec.to_owned(), process);
         }
         self.follow(id, exec, Arc::clone(&target.remains), reaped);
-        let terminal = match gate.ready().await? {
+        let connected = async { Ok(streams.connect(&self.transport).await?) };
+        let (ready, ends) = tokio::try_join!(gate.ready(), connected)?;
+        let terminal = match ready {
             Ok(terminal) => terminal,
             Err(failure) => return Ok(Err(failure)),
         };
