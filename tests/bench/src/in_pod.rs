@@ -74,9 +74,16 @@ fn containers(
         let id = format!("true-{round}");
         let started = Instant::now();
         runtime.block_on(async {
-            let streams = pod.start_container(&id, &["true"]).await?;
+            let mut steps = Steps::start();
+            let streams = pod.create_container(&id, &["true"]).await?;
+            steps.done("create");
+            pod.begin(&id).await?;
+            steps.done("start");
             pod.finish(&id, None, streams).await?;
+            steps.done("exit");
             pod.guest.delete_container(&id).await?;
+            steps.done("delete");
+            println!("   {}", steps.text);
             anyhow::Ok(())
         })?;
         Ok(started.elapsed())
@@ -223,6 +230,23 @@ async fn weight(pod: &RunningPod) -> Result<Vec<String>> {
     ])
 }
 
+/// How long the steps of something took, for people.
+struct Steps {
+    last: Instant,
+    text: String,
+}
+
+impl Steps {
+    fn start() -> Steps {
+        Steps { last: Instant::now(), text: String::new() }
+    }
+
+    fn done(&mut self, step: &str) {
+        let took = std::mem::replace(&mut self.last, Instant::now()).elapsed();
+        self.text.push_str(&format!(" {step} {:.1} ms", pairs::millis(took)));
+    }
+}
+
 /// From the first byte to the last.
 #[derive(Default)]
 struct Clock {
@@ -332,8 +356,19 @@ impl RunningPod {
         Ok(RunningPod { guest, root, config })
     }
 
-    /// Makes and starts a container of the peer's own configuration.
     async fn start_container(&self, id: &str, args: &[&str]) -> Result<Streams> {
+        let streams = self.create_container(id, args).await?;
+        self.begin(id).await?;
+        Ok(streams)
+    }
+
+    async fn begin(&self, id: &str) -> Result<()> {
+        let started = self.guest.start_container(id).await?;
+        started.map_err(|failure| anyhow::anyhow!("{id}: {}", failure.message))
+    }
+
+    /// Makes a container of the peer's own configuration.
+    async fn create_container(&self, id: &str, args: &[&str]) -> Result<Streams> {
         let mut config = self.config.clone();
         config["root"]["path"] = json!(format!("{}/{id}/rootfs", husk_proto::guest::CONTAINERS));
         config["process"]["args"] = json!(args);
@@ -341,8 +376,6 @@ impl RunningPod {
         let spec = serde_json::to_vec(&config)?;
         let created = self.guest.create_container(id, spec, self.root.clone(), stdio).await?;
         created.map_err(|failure| anyhow::anyhow!("{id}: {}", failure.message))?;
-        let started = self.guest.start_container(id).await?;
-        started.map_err(|failure| anyhow::anyhow!("{id}: {}", failure.message))?;
         Ok(streams)
     }
 
