@@ -7,8 +7,12 @@
 #![allow(missing_docs)]
 
 mod guest;
+#[path = "runner/hooks.rs"]
+mod hooks;
 #[path = "runner/lifecycle.rs"]
 mod lifecycle;
+#[path = "runner/namespaces.rs"]
+mod namespaces;
 #[path = "runner/process.rs"]
 mod process;
 #[path = "runner/seccomp.rs"]

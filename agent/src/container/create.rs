@@ -10,6 +10,7 @@ use husk_proto::guest;
 
 use super::events::OomWatch;
 use super::init::Job;
+use super::namespaces;
 use super::plan::ContainerPlan;
 use super::process::{StepError, step};
 use super::rootfs::Overlay;
@@ -89,15 +90,9 @@ impl Runner {
         remains: &Remains,
         stdio: [std::os::fd::OwnedFd; 3],
     ) -> Result<Spawned, StepError> {
-        // The cgroup namespace is made later, by the process itself: see init.
-        let flags = plan.namespaces.new & !NamespaceKind::Cgroup.flag();
-        let joined = plan.namespaces.joined.iter().find(|(k, _)| *k == NamespaceKind::Pid);
-        let pid_namespace = match joined {
-            None => None,
-            Some((_, path)) => Some(std::os::fd::OwnedFd::from(
-                fs::File::open(path).map_err(step(format!("linux.namespaces: open {path}")))?,
-            )),
-        };
+        let flags = plan.namespaces.by_clone();
+        let joined = plan.namespaces.joins(NamespaceKind::Pid);
+        let pid_namespace = joined.map(namespaces::open).transpose()?;
         use std::os::fd::AsFd;
         let job = Job::Container { plan, overlay };
         let namespace = pid_namespace.as_ref().map(AsFd::as_fd);

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use husk_proto::agent::ExecProcessRequest;
+use rustix::thread::ThreadNameSpaceType;
 
 use super::init::Job;
 use super::process::ProcessPlan;
@@ -20,6 +21,8 @@ use crate::stdio::{self, Ends, Relay};
 /// What an exec needs of its container.
 struct Target {
     plan: ProcessPlan,
+    /// Namespaces that the new process has to enter.
+    kinds: ThreadNameSpaceType,
     remains: Arc<Remains>,
     pid: u32,
     pidfd: Arc<std::os::fd::OwnedFd>,
@@ -69,6 +72,7 @@ impl Runner {
         }
         Ok(Target {
             plan,
+            kinds: container.plan.namespaces.to_enter(),
             remains: Arc::clone(&container.remains),
             pid: container.main.pid,
             pidfd: Arc::clone(&container.main.pidfd),
@@ -111,7 +115,7 @@ impl Runner {
         stdio: [std::os::fd::OwnedFd; 3],
     ) -> Result<Spawned, ContainerError> {
         let (pidfd, cgroup) = (target.pidfd.as_fd(), &target.remains.cgroup);
-        let job = Job::Exec { plan: &target.plan, pidfd };
+        let job = Job::Exec { plan: &target.plan, pidfd, kinds: target.kinds };
         // A container that divides its cgroup may have no process in the upper one any more
         // (cgroup v2's "no internal processes"): then go where its first process is, as runc does.
         let divided = cgroup.keyed("cgroup.stat")?.get("nr_descendants") > 0;

@@ -20,13 +20,14 @@ use rustix::process::DumpableBehavior;
 use rustix::pty::OpenptFlags;
 use rustix::thread::ThreadNameSpaceType;
 
+use super::hooks::Point;
 use super::lookup::{self, StartFailure};
+use super::namespaces;
 use super::path::{self, Make};
 use super::plan::ContainerPlan;
 use super::process::{ProcessPlan, StepError, c_strings, step};
 use super::report::Report;
 use super::rootfs::{self, Overlay};
-use super::spec::NamespaceKind;
 use super::user::Identity;
 use crate::sys;
 
@@ -43,8 +44,8 @@ pub(crate) struct Pipes {
 pub(crate) enum Job<'a> {
     /// The first process of a container.
     Container { plan: &'a ContainerPlan, overlay: &'a Overlay },
-    /// One more process, in the namespaces of the process `pidfd`.
-    Exec { plan: &'a ProcessPlan, pidfd: BorrowedFd<'a> },
+    /// One more process, in the namespaces of the process `pidfd`; of these it enters `kinds` itself.
+    Exec { plan: &'a ProcessPlan, pidfd: BorrowedFd<'a>, kinds: ThreadNameSpaceType },
 }
 
 impl Job<'_> {
@@ -100,12 +101,20 @@ pub(crate) fn run(job: &Job<'_>, pipes: &Pipes) -> ! {
         }
         Err(trouble) => give_up(pipes, trouble),
     };
-    if let Err(error) = job.process().apply_seccomp() {
+    if let Err(error) = last_steps(job) {
         give_up(pipes, Trouble::Step(error));
     }
     let error = sys::execve(&program.path, &program.args, &program.env);
     let path = program.path.to_string_lossy();
     give_up(pipes, Trouble::Failure(lookup::exec_failure(&path, &error)))
+}
+
+/// What comes between the word to start and the program.
+fn last_steps(job: &Job<'_>) -> Result<(), StepError> {
+    if let Job::Container { plan, .. } = job {
+        plan.hooks.run(Point::StartContainer)?;
+    }
+    job.process().apply_seccomp()
 }
 
 /// Reports trouble and ends.
@@ -158,11 +167,13 @@ fn prepare(job: &Job<'_>, pipes: &Pipes) -> Result<(Program, Option<OwnedFd>), T
     process.apply_scheduling(matches!(job, Job::Exec { .. }))?;
     match job {
         Job::Container { plan, overlay } => {
-            enter_namespaces(plan)?;
+            namespaces::enter_new(plan)?;
             let root = rootfs::make(plan, overlay)?;
+            sys::close_on_exec_from_3().map_err(step("mark descriptors close-on-exec"))?;
+            plan.hooks.run(Point::CreateContainer)?;
             rootfs::enter(&root, plan)?;
         }
-        Job::Exec { pidfd, .. } => join(*pidfd)?,
+        Job::Exec { pidfd, kinds, .. } => namespaces::enter_of(*pidfd, *kinds)?,
     }
     let identity = process.identity()?;
     let terminal = match process.terminal {
@@ -196,51 +207,6 @@ fn give_pipe(fd: &OwnedFd, identity: &Identity) -> rustix::io::Result<()> {
     let (uid, gid) =
         (rustix::fs::Uid::from_raw(identity.uid), rustix::fs::Gid::from_raw(identity.gid));
     rustix::fs::fchown(fd, Some(uid), Some(gid))
-}
-
-/// Enters the namespaces of a new container that the clone did not make, and prepares all.
-fn enter_namespaces(plan: &ContainerPlan) -> Result<(), StepError> {
-    for (kind, path) in &plan.namespaces.joined {
-        // The process ID namespace was entered by the clone.
-        if *kind != NamespaceKind::Pid {
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-            let name = || format!("linux.namespaces: join {path}");
-            let fd = rustix::fs::open(path.as_str(), flags, Mode::empty()).map_err(step(name()))?;
-            let kind = ThreadNameSpaceType::from_bits_retain(
-                u32::try_from(kind.flag()).unwrap_or_default(),
-            );
-            rustix::thread::move_into_thread_name_spaces(fd.as_fd(), kind).map_err(step(name()))?;
-        }
-    }
-    let new = |kind: NamespaceKind| plan.namespaces.new & kind.flag() != 0;
-    if new(NamespaceKind::Cgroup) {
-        // Not by the clone: the root of the new one would be the agent's cgroup.
-        sys::unshare(libc::CLONE_NEWCGROUP).map_err(step("new cgroup namespace"))?;
-    }
-    if new(NamespaceKind::Network) {
-        sys::loopback_up().map_err(step("bring the loopback interface up"))?;
-    }
-    if let Some(name) = &plan.hostname {
-        rustix::system::sethostname(name.as_bytes()).map_err(step("hostname"))?;
-    }
-    if let Some(name) = &plan.domainname {
-        rustix::system::setdomainname(name.as_bytes()).map_err(step("domainname"))?;
-    }
-    crate::sysctl::apply(&plan.sysctls).map_err(|e| StepError {
-        step: "linux.sysctl".into(),
-        source: io::Error::other(crate::chain(&e)),
-    })
-}
-
-/// Enters the namespaces of a running process; that of process IDs was entered by the clone.
-fn join(pidfd: BorrowedFd<'_>) -> Result<(), StepError> {
-    let kinds = ThreadNameSpaceType::MOUNT
-        | ThreadNameSpaceType::CONTROL_GROUP
-        | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
-        | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
-        | ThreadNameSpaceType::NETWORK;
-    rustix::thread::move_into_thread_name_spaces(pidfd, kinds)
-        .map_err(step("enter the container's namespaces"))
 }
 
 /// Makes a pseudo-terminal in the container, with its other end as the process's controlling

@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 
 use husk_proto::guest;
 
+use super::hooks::HookPlan;
 use super::mounts::{self, MountPlan};
+use super::namespaces::Namespaces;
 use super::process::{Confinement, ProcessPlan};
 use super::scheduling;
 use super::seccomp::Filter;
-use super::spec::{self, Device, Namespace, NamespaceKind, Spec, SpecError};
+use super::spec::{self, Device, NamespaceKind, Spec, SpecError};
 use crate::cgroup::devices::{self, Rule};
 use crate::cgroup::values::{self, Setting};
 use crate::sysctl;
@@ -22,6 +24,7 @@ pub(crate) struct ContainerPlan {
     pub(crate) given: spec::Process,
     confinement: Confinement,
     pub(crate) namespaces: Namespaces,
+    pub(crate) hooks: HookPlan,
     pub(crate) mounts: Vec<MountPlan>,
     pub(crate) devices: Vec<DeviceNode>,
     pub(crate) read_only_root: bool,
@@ -37,28 +40,6 @@ pub(crate) struct ContainerPlan {
     pub(crate) cgroup_path: String,
     pub(crate) cgroup_settings: Vec<Setting>,
     pub(crate) device_rules: Vec<Rule>,
-}
-
-/// Which namespaces a container has for itself (CLONE_NEW*), and which it joins (paths).
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Namespaces {
-    pub(crate) new: u64,
-    pub(crate) joined: Vec<(NamespaceKind, String)>,
-}
-
-impl NamespaceKind {
-    /// The flag of clone(2) and setns(2).
-    pub(crate) fn flag(self) -> u64 {
-        let flag = match self {
-            Self::Pid => libc::CLONE_NEWPID,
-            Self::Network => libc::CLONE_NEWNET,
-            Self::Mount => libc::CLONE_NEWNS,
-            Self::Ipc => libc::CLONE_NEWIPC,
-            Self::Uts => libc::CLONE_NEWUTS,
-            Self::Cgroup => libc::CLONE_NEWCGROUP,
-        };
-        u64::from(flag.unsigned_abs())
-    }
 }
 
 /// A device node to make, beside those that every container has.
@@ -99,7 +80,7 @@ impl ContainerPlan {
                 return Err(SpecError::invalid(field, count.to_string(), "at most 1024 entries"));
             }
         }
-        let namespaces = namespaces(&linux.namespaces)?;
+        let namespaces = Namespaces::new(linux)?;
         let mounts = spec
             .mounts
             .iter()
@@ -139,6 +120,7 @@ impl ContainerPlan {
             hostname: own_name("hostname", spec.hostname.as_deref(), &namespaces, pod_hostname)?,
             domainname: own_name("domainname", spec.domainname.as_deref(), &namespaces, "")?,
             namespaces,
+            hooks: HookPlan::new(id, &format!("{}/{id}", guest::CONTAINERS), spec)?,
             mounts,
             devices: device_nodes(&linux.devices)?,
             read_only_root: spec.root.readonly,
@@ -180,42 +162,13 @@ fn own_name(
 ) -> Result<Option<String>, SpecError> {
     match name.filter(|n| !n.is_empty()) {
         None => Ok(None),
-        Some(name) if namespaces.new & NamespaceKind::Uts.flag() != 0 => Ok(Some(name.to_owned())),
+        Some(name) if namespaces.makes(NamespaceKind::Uts) => Ok(Some(name.to_owned())),
         Some(name) if name == pod => Ok(None),
         Some(name) => {
             let reason = "needs a uts namespace of the container's own";
             Err(SpecError::invalid(field, name, reason))
         }
     }
-}
-
-/// Understands `linux.namespaces`.
-fn namespaces(given: &[Namespace]) -> Result<Namespaces, SpecError> {
-    let mut all = Namespaces::default();
-    let mut seen = 0;
-    for (index, namespace) in given.iter().enumerate() {
-        let field = format!("linux.namespaces[{index}]");
-        let flag = namespace.kind.flag();
-        let name = format!("{:?}", namespace.kind).to_lowercase();
-        if seen & flag != 0 {
-            return Err(SpecError::invalid(field, name, "must appear once"));
-        }
-        seen |= flag;
-        match namespace.path.as_deref().filter(|p| !p.is_empty()) {
-            None => all.new |= flag,
-            Some(_) if namespace.kind == NamespaceKind::Mount => {
-                let reason = "a mount namespace cannot be joined: the root is made in a new one";
-                return Err(SpecError::invalid(field, name, reason));
-            }
-            Some(path) => all.joined.push((namespace.kind, path.to_owned())),
-        }
-    }
-    let mount = NamespaceKind::Mount.flag();
-    if all.new & mount == 0 {
-        let reason = "must hold a new mount namespace";
-        return Err(SpecError::invalid("linux.namespaces", "[]", reason));
-    }
-    Ok(all)
 }
 
 /// Understands `linux.devices`.

@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::hooks::Hooks;
+use super::namespaces::TimeOffsets;
 use super::scheduling::{ExecCpuAffinity, IoPriority, Personality, Scheduler};
 use super::seccomp::Seccomp;
 
@@ -59,17 +61,12 @@ pub(crate) struct Spec {
     pub(crate) mounts: Vec<Mount>,
     #[serde(default)]
     pub(crate) linux: Linux,
-    /// Annotations have no meaning for the runner ("must not be an error" by the specification).
-    #[serde(default, rename = "annotations")]
-    pub(crate) _annotations: BTreeMap<String, String>,
-    /// No hook is supported; an empty object is harmless.
-    #[serde(default, rename = "hooks")]
-    pub(crate) _hooks: Nothing,
+    /// Only hooks are told of them ("must not be an error" by the specification).
+    #[serde(default)]
+    pub(crate) annotations: BTreeMap<String, String>,
+    #[serde(default)]
+    pub(crate) hooks: Hooks,
 }
-
-/// An object none of whose fields is supported.
-#[derive(Debug, Clone, Default, Deserialize)]
-pub(crate) struct Nothing {}
 
 /// `process`, also the whole document of an exec.
 #[derive(Debug, Clone, Deserialize)]
@@ -166,6 +163,7 @@ pub(crate) struct Linux {
     pub(crate) rootfs_propagation: Option<String>,
     pub(crate) seccomp: Option<Seccomp>,
     pub(crate) personality: Option<Personality>,
+    pub(crate) time_offsets: TimeOffsets,
     /// As the labels of a process.
     mount_label: Option<String>,
 }
@@ -177,7 +175,7 @@ pub(crate) struct Namespace {
     pub(crate) path: Option<String>,
 }
 
-/// The namespaces that the runner can make or join; `user` and `time` are not among them yet.
+/// The namespaces that the runner can make or join; `user` is not among them yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum NamespaceKind {
@@ -187,6 +185,7 @@ pub(crate) enum NamespaceKind {
     Ipc,
     Uts,
     Cgroup,
+    Time,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -471,7 +470,7 @@ mod tests {
             ("/linux", "intelRdt", json!({"closID": "x"}), "linux.intelRdt"),
             ("/process", "apparmorProfile", json!("x"), "process.apparmorProfile"),
             ("/process", "selinuxLabel", json!("x"), "process.selinuxLabel"),
-            ("", "hooks", json!({"prestart": [{"path": "/x"}]}), "hooks.prestart"),
+            ("", "hooks", json!({"preboot": [{"path": "/x"}]}), "hooks.preboot"),
             ("/linux", "resources", json!({"rdma": {"mlx": {}}}), "linux.resources.rdma"),
             ("/linux", "resources", json!({"network": {}}), "linux.resources.network"),
             (

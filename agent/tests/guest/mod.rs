@@ -223,7 +223,7 @@ impl Guest {
             client: Some(client),
             next_port: AtomicU32::new(ports::FIRST_STREAM),
         };
-        let volume = guest.root().join("run/husk/volumes/v");
+        let volume = guest.volume();
         if let Ok(left_on_disk) = fs::read_dir(&volume) {
             for entry in left_on_disk {
                 let path = entry.unwrap().path();
@@ -238,6 +238,11 @@ impl Guest {
     fn root(&self) -> PathBuf {
         let agent = fs::read_to_string(self.cgroup.join("agent/cgroup.procs")).unwrap();
         PathBuf::from(format!("/proc/{}/root", agent.lines().next().unwrap()))
+    }
+
+    /// The directory of the volume `v`, as seen from outside.
+    pub(crate) fn volume(&self) -> PathBuf {
+        self.root().join("run/husk/volumes/v")
     }
 
     pub(crate) fn client(&self) -> Client {
@@ -547,6 +552,11 @@ impl Streams {
             }
         };
         tokio::time::timeout(LIMIT, read).await.expect("the text came");
+    }
+
+    /// What has been read so far.
+    pub(crate) fn seen(&self) -> String {
+        String::from_utf8_lossy(&self.seen).into_owned()
     }
 
     /// Everything that came on the standard output.
