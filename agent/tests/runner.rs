@@ -17,10 +17,12 @@ mod namespaces;
 mod process;
 #[path = "runner/seccomp.rs"]
 mod seccomp;
+#[path = "runner/limits.rs"]
+mod limits;
 
 use std::time::Duration;
 
-use guest::{Guest, Options, base_spec, config, exec_process};
+use guest::{Guest, Options, base_spec, exec_process};
 use serde_json::json;
 use tonic::Code;
 
@@ -516,65 +518,5 @@ async fn a_client_that_gives_up_leaves_a_whole_container_or_none() {
         };
         tokio::time::timeout(Duration::from_secs(120), deleted).await.expect("it can be deleted");
         assert!(guest.nothing_left(&id));
-    }
-}
-
-mod limits {
-    //! These need the controllers of cgroup v2.
-
-    use super::*;
-
-    #[tokio::test]
-    async fn limits_are_those_of_the_specification() {
-        let guest = Guest::boot().await;
-        let script = "cd /sys/fs/cgroup; cat memory.max memory.low cpu.weight cpu.max pids.max \
-                      memory.oom.group memory.high";
-        let mut spec = base_spec(&["sh", "-c", script]);
-        spec["linux"]["resources"] = json!({
-            "memory": {"limit": 67_108_864, "reservation": 1_048_576},
-            "cpu": {"shares": 1024, "quota": 50_000, "period": 100_000},
-            "pids": {"limit": 50},
-            "unified": {"memory.high": "66060288"},
-        });
-        let run = guest.run_with("a", spec, Options::default()).await;
-        assert_eq!(
-            run.stdout, "67108864\n1048576\n39\n50000 100000\n50\n1\n66060288\n",
-            "{}",
-            run.stderr
-        );
-    }
-
-    #[tokio::test]
-    async fn a_container_that_exceeds_its_memory_is_killed_alone() {
-        let guest = Guest::boot().await;
-        guest.start("other", base_spec(&["sleep", "1000"]), Options::default()).await;
-        let script = "x=$(tr '\\0' x < /dev/zero)";
-        let mut spec = base_spec(&["sh", "-c", script]);
-        spec["linux"]["resources"] = json!({"memory": {"limit": 16_777_216, "swap": 16_777_216}});
-        let run = guest.run_with("a", spec, Options::default()).await;
-        assert_eq!((run.exit.exit_code, run.exit.oom_killed), (137, true));
-        guest.exec("other", "e", exec_process(&["true"])).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_limit_too_low_to_start_with_is_told() {
-        let guest = Guest::boot().await;
-        let mut spec = base_spec(&["true"]);
-        spec["linux"]["resources"] = json!({"memory": {"limit": 65_536, "swap": 65_536}});
-        let error = guest.try_create("a", spec, Options::default()).await.unwrap_err();
-        assert!(error.message().contains("the limit is too low"), "{error}");
-        assert!(guest.nothing_left("a"));
-    }
-
-    #[tokio::test]
-    async fn a_container_cannot_reach_a_disk() {
-        let guest = Guest::boot().await;
-        let script = "mknod /tmp/d b 7 0 && dd if=/tmp/d of=/dev/null count=1";
-        let spec = config(&["sh", "-c", script], |spec| {
-            spec["process"]["capabilities"] = json!({"bounding": ["CAP_MKNOD"],
-                "effective": ["CAP_MKNOD"], "permitted": ["CAP_MKNOD"]});
-        });
-        let run = guest.run_with("a", spec, Options::default()).await;
-        assert!(run.stderr.contains("Operation not permitted"), "{}", run.stderr);
     }
 }

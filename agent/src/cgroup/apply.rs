@@ -114,11 +114,19 @@ fn write_one(
             }
         }
     }
-    let path = path.join(file);
+    let directory = path;
+    let path = directory.join(file);
     if let Some(written) = written {
-        // A file that cannot be read could not be put back.
+        if file == "cpu.idle" {
+            // A cgroup that ceases to be idle has the default weight: the one that it has now is to
+            // be put back after the idleness.
+            let path = directory.join("cpu.weight");
+            let before = fs::read_to_string(&path)
+                .map_err(|source| failed(CgroupError::WriteOnly { path: path.clone(), source }))?;
+            written.push(Written { path, value: String::new(), before });
+        }
         let before = fs::read_to_string(&path)
-            .map_err(|source| failed(CgroupError::io("read", &path)(source)))?;
+            .map_err(|source| failed(CgroupError::WriteOnly { path: path.clone(), source }))?;
         write_existing(&path, value).map_err(failed)?;
         written.push(Written { path, value: value.clone(), before });
         return Ok(());

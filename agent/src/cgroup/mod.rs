@@ -53,6 +53,12 @@ pub(crate) enum CgroupError {
     },
     #[error("the guest's kernel has no {file:?}")]
     NoController { file: String },
+    #[error("{path:?} cannot be read, so that it could not be put back")]
+    WriteOnly {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("write {value:?} to {path:?}")]
     Write {
         path: PathBuf,
@@ -79,7 +85,7 @@ impl CgroupError {
     /// it does not take.
     pub(crate) fn is_invalid(&self) -> bool {
         match self {
-            Self::Path(_) | Self::NoController { .. } => true,
+            Self::Path(_) | Self::NoController { .. } | Self::WriteOnly { .. } => true,
             Self::Setting { source, .. } => source.is_invalid(),
             Self::Write { source, .. } => matches!(
                 source.raw_os_error(),

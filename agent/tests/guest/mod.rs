@@ -435,6 +435,13 @@ impl Guest {
         self.client().stats(wire::StatsRequest {}).await.unwrap().into_inner()
     }
 
+    /// What the kernel thinks of the agent when memory runs out.
+    pub(crate) fn agent_oom_score_adj(&self) -> String {
+        let agent = fs::read_to_string(self.cgroup.join("agent/cgroup.procs")).unwrap();
+        let path = format!("/proc/{}/oom_score_adj", agent.lines().next().unwrap());
+        fs::read_to_string(path).unwrap().trim().to_owned()
+    }
+
     /// Closes the control connection.
     pub(crate) fn hang_up(&mut self) {
         self.client = None;
