@@ -41,8 +41,7 @@ const MOUNTS: [(&str, &str, MountFlags, &str); 8] = [
     ("/dev/mqueue", "mqueue", HARMLESS, ""),
     ("/run", "tmpfs", MountFlags::NOSUID.union(MountFlags::NODEV), "mode=0755"),
     ("/tmp", "tmpfs", MountFlags::NOSUID.union(MountFlags::NODEV), "mode=1777"),
-    // nsdelegate: a container that sees its cgroup writable cannot raise its own limits.
-    ("/sys/fs/cgroup", "cgroup2", HARMLESS, "nsdelegate,memory_recursiveprot"),
+    ("/sys/fs/cgroup", "cgroup2", HARMLESS, cgroup::MOUNT_OPTIONS),
 ];
 
 const HARMLESS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);

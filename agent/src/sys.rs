@@ -152,12 +152,36 @@ pub(crate) fn mount_setattr(
     recursive: bool,
     attr: MountAttr,
 ) -> io::Result<()> {
+    set_mount_attr(
+        fd,
+        recursive,
+        libc::mount_attr {
+            attr_set: attr.set,
+            attr_clr: attr.clear,
+            propagation: attr.propagation,
+            userns_fd: 0,
+        },
+    )
+}
+
+/// Lets the mount `fd`, which is attached nowhere yet, and those below it if `recursive`, show
+/// owners of files by the mappings of a user namespace.
+pub(crate) fn mount_set_id_map(
+    fd: BorrowedFd<'_>,
+    recursive: bool,
+    user_namespace: BorrowedFd<'_>,
+) -> io::Result<()> {
     let args = libc::mount_attr {
-        attr_set: attr.set,
-        attr_clr: attr.clear,
-        propagation: attr.propagation,
-        userns_fd: 0,
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::try_from(user_namespace.as_raw_fd())
+            .map_err(|_| io::ErrorKind::InvalidInput)?,
     };
+    set_mount_attr(fd, recursive, args)
+}
+
+fn set_mount_attr(fd: BorrowedFd<'_>, recursive: bool, args: libc::mount_attr) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty C string and `args` is valid for its size.
     let rc = unsafe {

@@ -11,14 +11,16 @@ mod guest;
 mod hooks;
 #[path = "runner/lifecycle.rs"]
 mod lifecycle;
+#[path = "runner/limits.rs"]
+mod limits;
+#[path = "runner/mounts.rs"]
+mod mounts;
 #[path = "runner/namespaces.rs"]
 mod namespaces;
 #[path = "runner/process.rs"]
 mod process;
 #[path = "runner/seccomp.rs"]
 mod seccomp;
-#[path = "runner/limits.rs"]
-mod limits;
 
 use std::time::Duration;
 

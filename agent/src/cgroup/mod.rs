@@ -23,6 +23,9 @@ use values::Setting;
 
 /// Where the tree is mounted.
 pub(crate) const MOUNT_POINT: &str = "/sys/fs/cgroup";
+/// How it is mounted. `nsdelegate`: a container that sees its cgroup writable cannot raise its own
+/// limits.
+pub(crate) const MOUNT_OPTIONS: &str = "nsdelegate,memory_recursiveprot";
 /// The agent's own.
 const AGENT: &str = "/sys/fs/cgroup/agent";
 /// The parent of all containers'.

@@ -4,13 +4,16 @@
 //! undone where it was made if a later step fails, and otherwise by [`lifecycle`]'s delete.
 
 mod caps;
+mod copy_up;
 mod create;
 pub(crate) mod events;
 mod exec;
 mod hooks;
+mod id_map;
 mod init;
 mod lifecycle;
 mod lookup;
+mod mounting;
 mod mounts;
 mod namespaces;
 mod path;

@@ -1,6 +1,7 @@
 //! `mounts` of the specification as instructions for the kernel. Pure: nothing is mounted here.
 
-use super::spec::{Mount, SpecError};
+use super::spec::{IdMapping, Mount, SpecError};
+use crate::cgroup;
 use crate::sys::MountAttr;
 
 /// One mount, understood.
@@ -13,8 +14,19 @@ pub(crate) struct MountPlan {
     pub(crate) attr: MountAttr,
     /// Attributes of the mount and of all below it (`rro` and so on).
     pub(crate) recursive_attr: MountAttr,
-    /// MS_PRIVATE and so on, 0 to leave it; and whether for all mounts below too.
-    pub(crate) propagation: (u64, bool),
+    /// In this order: MS_PRIVATE and so on, and whether for all mounts below too.
+    pub(crate) propagation: Vec<(u64, bool)>,
+    /// How the owners of files are to be shown, if not as they are.
+    pub(crate) id_map: Option<IdMap>,
+}
+
+/// The mappings of an idmapped mount: from the numbers on the file system to those that are shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct IdMap {
+    pub(crate) uids: Vec<IdMapping>,
+    pub(crate) gids: Vec<IdMapping>,
+    /// Whether for all mounts below too.
+    pub(crate) recursive: bool,
 }
 
 /// What is mounted.
@@ -22,9 +34,16 @@ pub(crate) struct MountPlan {
 pub(crate) enum Kind {
     /// A directory or file of the guest.
     Bind { source: String, recursive: bool },
-    /// A new file system; options as the file system takes them: keys, and values of those with one.
-    New { fstype: &'static str, source: String, options: Vec<(String, Option<String>)> },
+    /// An overlay of directories of the guest.
+    Overlay { directories: Vec<(&'static str, String)>, options: Options },
+    /// A new tmpfs, and whether it gets what its destination holds.
+    Tmpfs { source: String, options: Options, copy_up: bool },
+    /// A new file system that has no device.
+    New { fstype: &'static str, source: String, options: Options },
 }
+
+/// Options as a file system takes them: keys, and values of those with one.
+pub(crate) type Options = Vec<(String, Option<String>)>;
 
 /// File system types that a specification may name, with the kernel's name of each.
 const FILE_SYSTEMS: &[(&str, &str)] = &[
@@ -32,10 +51,17 @@ const FILE_SYSTEMS: &[(&str, &str)] = &[
     ("cgroup2", "cgroup2"),
     ("devpts", "devpts"),
     ("mqueue", "mqueue"),
+    ("overlay", "overlay"),
     ("proc", "proc"),
     ("sysfs", "sysfs"),
     ("tmpfs", "tmpfs"),
 ];
+
+/// Most mappings of one mount, as in the kernel (UID_GID_MAP_MAX_EXTENTS).
+const MAX_MAPPINGS: usize = 340;
+
+/// Most directories of an overlay (OVL_MAX_STACK).
+const MAX_LAYERS: usize = 500;
 
 /// Options that set (true) or clear an attribute; with an `r` before them they do so for the mounts
 /// below too (mount(8)).
@@ -99,6 +125,43 @@ fn attribute(option: &str, attr: &mut MountAttr) -> bool {
     false
 }
 
+/// The options of a mount, sorted by what they concern.
+#[derive(Default)]
+struct Sorted {
+    attr: MountAttr,
+    recursive_attr: MountAttr,
+    propagation: Vec<(u64, bool)>,
+    /// Some for a bind mount: whether it is recursive.
+    bind: Option<bool>,
+    /// Some for an idmapped mount: whether it is recursive.
+    id_map: Option<bool>,
+    copy_up: bool,
+    /// What is left is the file system's.
+    data: Options,
+}
+
+fn sort(options: &[String]) -> Sorted {
+    let mut sorted = Sorted::default();
+    for option in options {
+        match option.as_str() {
+            "bind" => sorted.bind = sorted.bind.or(Some(false)),
+            "rbind" => sorted.bind = Some(true),
+            "idmap" => sorted.id_map = Some(false),
+            "ridmap" => sorted.id_map = Some(true),
+            "tmpcopyup" => sorted.copy_up = true,
+            "defaults" => {}
+            o if attribute(o, &mut sorted.attr) => {}
+            o if let Some(propagation) = propagation(o) => sorted.propagation.push(propagation),
+            o if o.strip_prefix('r').is_some_and(|o| attribute(o, &mut sorted.recursive_attr)) => {}
+            o => sorted.data.push(match o.split_once('=') {
+                Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+                None => (o.to_owned(), None),
+            }),
+        }
+    }
+    sorted
+}
+
 /// Understands mount number `index` of the specification.
 ///
 /// # Errors
@@ -109,54 +172,150 @@ pub(crate) fn plan(index: usize, mount: &Mount) -> Result<MountPlan, SpecError> 
         let reason = "must be absolute";
         return Err(SpecError::invalid(field("destination"), &mount.destination, reason));
     }
-    let mut attr = MountAttr::default();
-    let mut recursive_attr = MountAttr::default();
-    let mut propagation_type = (0, false);
-    let mut bind = None;
-    let mut data = Vec::new();
-    for option in &mount.options {
-        match option.as_str() {
-            "bind" => bind = bind.or(Some(false)),
-            "rbind" => bind = Some(true),
-            "defaults" => {}
-            o if attribute(o, &mut attr) => {}
-            o if propagation(o).is_some_and(|p| {
-                propagation_type = p;
-                true
-            }) => {}
-            o if o.strip_prefix('r').is_some_and(|o| attribute(o, &mut recursive_attr)) => {}
-            o => data.push(match o.split_once('=') {
-                Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
-                None => (o.to_owned(), None),
-            }),
-        }
+    let sorted = sort(&mount.options);
+    let id_map = id_map(mount, sorted.id_map, &field)?;
+    let Sorted { attr, recursive_attr, propagation, bind, id_map: _, copy_up, data } = sorted;
+    let kind = kind(mount, bind, copy_up, data, &field)?;
+    let on_proc = mount.destination.trim_end_matches('/') == "/proc";
+    let is_proc = match &kind {
+        Kind::New { fstype, .. } => *fstype == "proc",
+        Kind::Bind { source, .. } => source == "/proc",
+        Kind::Overlay { .. } | Kind::Tmpfs { .. } => false,
+    };
+    if on_proc && !is_proc {
+        let reason = "nothing but a proc file system may be there";
+        return Err(SpecError::invalid(field("destination"), &mount.destination, reason));
     }
+    let destination = mount.destination.clone();
+    Ok(MountPlan { destination, kind, attr, recursive_attr, propagation, id_map })
+}
+
+/// What is to be mounted.
+fn kind(
+    mount: &Mount,
+    bind: Option<bool>,
+    copy_up: bool,
+    data: Options,
+    field: &dyn Fn(&str) -> String,
+) -> Result<Kind, SpecError> {
     let kind_name = mount.kind.as_deref().unwrap_or("");
-    let kind = if bind.is_some() || kind_name == "bind" {
+    let no_option = |key: &str, reason| Err(SpecError::invalid(field("options"), key, reason));
+    let is_bind = bind.is_some() || kind_name == "bind";
+    if copy_up && (is_bind || kind_name != "tmpfs") {
+        return no_option("tmpcopyup", "is for a tmpfs only");
+    }
+    if is_bind {
         let Some(source) = mount.source.clone().filter(|s| s.starts_with('/')) else {
             let source = mount.source.as_deref().unwrap_or("");
             return Err(SpecError::invalid(field("source"), source, "must be absolute"));
         };
         if let Some((key, _)) = data.first() {
-            let reason = "is no option of a bind mount";
-            return Err(SpecError::invalid(field("options"), key, reason));
+            return no_option(key, "is no option of a bind mount");
         }
-        Kind::Bind { source, recursive: bind.unwrap_or(false) }
-    } else {
-        let Some((_, fstype)) = FILE_SYSTEMS.iter().find(|(n, _)| *n == kind_name) else {
-            let reason = "must be bind, cgroup, cgroup2, devpts, mqueue, proc, sysfs or tmpfs";
-            return Err(SpecError::invalid(field("type"), kind_name, reason));
-        };
-        let source = mount.source.clone().unwrap_or_else(|| (*fstype).to_owned());
-        Kind::New { fstype, source, options: data }
+        return Ok(Kind::Bind { source, recursive: bind.unwrap_or(false) });
+    }
+    let Some((_, fstype)) = FILE_SYSTEMS.iter().find(|(n, _)| *n == kind_name) else {
+        let reason = "must be bind, cgroup, cgroup2, devpts, mqueue, overlay, proc, sysfs or tmpfs";
+        return Err(SpecError::invalid(field("type"), kind_name, reason));
     };
-    Ok(MountPlan {
-        destination: mount.destination.clone(),
-        kind,
-        attr,
-        recursive_attr,
-        propagation: propagation_type,
-    })
+    let source = mount.source.clone().unwrap_or_else(|| (*fstype).to_owned());
+    match *fstype {
+        "overlay" => overlay(data, field),
+        "tmpfs" => Ok(Kind::Tmpfs { source, options: data, copy_up }),
+        "cgroup2" => {
+            // What a mount in the first cgroup namespace does not repeat is taken from all mounts.
+            let mut options = data;
+            options.extend(cgroup::MOUNT_OPTIONS.split(',').map(|o| (o.to_owned(), None)));
+            Ok(Kind::New { fstype, source, options })
+        }
+        _ => Ok(Kind::New { fstype, source, options: data }),
+    }
+}
+
+/// Understands the options of an overlay: its directories one by one, because the kernel bounds the
+/// length of an option.
+fn overlay(data: Options, field: &dyn Fn(&str) -> String) -> Result<Kind, SpecError> {
+    let (mut directories, mut options) = (Vec::new(), Vec::new());
+    for (key, value) in data {
+        match (key.as_str(), value) {
+            ("lowerdir", Some(value)) => {
+                let mut key = "lowerdir+";
+                for part in split_layers(&value) {
+                    if part.is_empty() {
+                        // After `::` come layers of which only the data is seen.
+                        key = "datadir+";
+                    } else {
+                        directories.push((key, part));
+                    }
+                }
+            }
+            ("upperdir", Some(value)) => directories.push(("upperdir", value)),
+            ("workdir", Some(value)) => directories.push(("workdir", value)),
+            (_, value) => options.push((key, value)),
+        }
+    }
+    let invalid = |value: &str, reason| Err(SpecError::invalid(field("options"), value, reason));
+    if directories.len() > MAX_LAYERS {
+        return invalid(&directories.len().to_string(), "an overlay has at most 500 directories");
+    }
+    if !directories.iter().any(|(key, _)| *key == "lowerdir+") {
+        return invalid("", "an overlay needs a lowerdir");
+    }
+    if let Some((_, bad)) = directories.iter().find(|(_, path)| !path.starts_with('/')) {
+        return invalid(bad, "a directory of an overlay must be absolute");
+    }
+    Ok(Kind::Overlay { directories, options })
+}
+
+/// The parts of `lowerdir`, which are separated by colons; a backslash takes the meaning of the next
+/// character.
+fn split_layers(value: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut characters = value.chars();
+    while let Some(character) = characters.next() {
+        if character == ':' {
+            parts.push(String::new());
+        } else if let Some(part) = parts.last_mut() {
+            part.extend(if character == '\\' { characters.next() } else { Some(character) });
+        }
+    }
+    parts
+}
+
+/// Understands the mappings of a mount; `option` is that of its options.
+fn id_map(
+    mount: &Mount,
+    option: Option<bool>,
+    field: &dyn Fn(&str) -> String,
+) -> Result<Option<IdMap>, SpecError> {
+    let (uids, gids) = (&mount.uid_mappings, &mount.gid_mappings);
+    if uids.is_empty() && gids.is_empty() {
+        return match option {
+            None => Ok(None),
+            Some(_) => {
+                let reason = "needs uidMappings and gidMappings of the mount";
+                Err(SpecError::invalid(field("options"), "idmap", reason))
+            }
+        };
+    }
+    for (name, mappings) in [("uidMappings", uids), ("gidMappings", gids)] {
+        let invalid = |reason| {
+            Err(SpecError::invalid(field(name), format!("{} mappings", mappings.len()), reason))
+        };
+        if mappings.is_empty() || mappings.len() > MAX_MAPPINGS {
+            return invalid("both uidMappings and gidMappings must have 1 to 340 mappings");
+        }
+        let fits = |m: &IdMapping| {
+            m.size > 0
+                && m.container_id.checked_add(m.size).is_some()
+                && m.host_id.checked_add(m.size).is_some()
+        };
+        if !mappings.iter().all(fits) {
+            return invalid("a mapping must have a size, and end below 4294967295");
+        }
+    }
+    let recursive = option.unwrap_or(false);
+    Ok(Some(IdMap { uids: uids.clone(), gids: gids.clone(), recursive }))
 }
 
 #[cfg(test)]
@@ -169,6 +328,8 @@ mod tests {
             kind: (!kind.is_empty()).then(|| kind.into()),
             source: (!source.is_empty()).then(|| source.into()),
             options: options.iter().map(|o| (*o).to_owned()).collect(),
+            uid_mappings: Vec::new(),
+            gid_mappings: Vec::new(),
         }
     }
 
@@ -181,8 +342,8 @@ mod tests {
         .unwrap();
         let flags = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_NODEV;
         assert_eq!(plan.attr, MountAttr { set: flags, clear: 0, propagation: 0 });
-        let Kind::New { fstype, source, options } = plan.kind else { panic!("not new") };
-        assert_eq!((fstype, source.as_str()), ("tmpfs", "shm"));
+        let Kind::Tmpfs { source, options, copy_up } = plan.kind else { panic!("no tmpfs") };
+        assert_eq!((source.as_str(), copy_up), ("shm", false));
         assert_eq!(
             options,
             [("mode".into(), Some("1777".into())), ("size".into(), Some("65536k".into()))]
@@ -193,7 +354,7 @@ mod tests {
     fn a_bind_mount_knows_recursion_propagation_and_recursive_flags() {
         let plan = plan(0, &mount("none", "/a", &["rbind", "rslave", "ro", "rnosuid"])).unwrap();
         assert_eq!(plan.kind, Kind::Bind { source: "/a".into(), recursive: true });
-        assert_eq!(plan.propagation, (libc::MS_SLAVE, true));
+        assert_eq!(plan.propagation, [(libc::MS_SLAVE, true)]);
         assert_eq!(plan.attr.set, libc::MOUNT_ATTR_RDONLY);
         assert_eq!(plan.recursive_attr.set, libc::MOUNT_ATTR_NOSUID);
     }
@@ -213,8 +374,78 @@ mod tests {
             (mount("bind", "x", &[]), "mounts[7].source"),
             (mount("bind", "", &[]), "mounts[7].source"),
             (mount("bind", "/x", &["idmap"]), "mounts[7].options"),
+            (mount("bind", "/x", &["size=1"]), "mounts[7].options"),
+            (mount("bind", "/x", &["tmpcopyup"]), "mounts[7].options"),
+            (mount("proc", "x", &["tmpcopyup"]), "mounts[7].options"),
+            (mount("overlay", "x", &["upperdir=/x"]), "mounts[7].options"),
+            (mount("overlay", "x", &["lowerdir=/x:y"]), "mounts[7].options"),
         ] {
             assert!(plan(7, &mount).unwrap_err().to_string().contains(field));
+        }
+    }
+
+    #[test]
+    fn the_directories_of_an_overlay_are_taken_apart() {
+        let options = ["lowerdir=/a:/b\\:c::/d", "upperdir=/u", "workdir=/w", "index=off"];
+        let Kind::Overlay { directories, options } =
+            plan(0, &mount("overlay", "", &options)).unwrap().kind
+        else {
+            panic!("no overlay")
+        };
+        let directory = |key, path: &str| (key, path.to_owned());
+        assert_eq!(
+            directories,
+            [
+                directory("lowerdir+", "/a"),
+                directory("lowerdir+", "/b:c"),
+                directory("datadir+", "/d"),
+                directory("upperdir", "/u"),
+                directory("workdir", "/w"),
+            ]
+        );
+        assert_eq!(options, [("index".to_owned(), Some("off".to_owned()))]);
+    }
+
+    #[test]
+    fn several_propagations_hold_in_their_order() {
+        let plan = plan(0, &mount("bind", "/a", &["rslave", "shared"])).unwrap();
+        assert_eq!(plan.propagation, [(libc::MS_SLAVE, true), (libc::MS_SHARED, false)]);
+    }
+
+    #[test]
+    fn mappings_make_an_idmapped_mount_and_are_checked() {
+        let mapped = |uids: &[(u32, u32, u32)], gids: &[(u32, u32, u32)], options: &[&str]| {
+            let map =
+                |m: &(u32, u32, u32)| IdMapping { container_id: m.0, host_id: m.1, size: m.2 };
+            let mut mount = mount("bind", "/a", options);
+            mount.uid_mappings = uids.iter().map(map).collect();
+            mount.gid_mappings = gids.iter().map(map).collect();
+            plan(3, &mount).map(|plan| plan.id_map)
+        };
+        let one = &[(0, 1000, 10)][..];
+        assert!(!mapped(one, one, &[]).unwrap().unwrap().recursive);
+        assert!(mapped(one, one, &["rbind", "ridmap"]).unwrap().unwrap().recursive);
+        for (uids, gids, field) in [
+            (one, &[][..], "gidMappings"),
+            (&[], one, "uidMappings"),
+            (&[(0, 0, 0)], one, "uidMappings"),
+            (one, &[(1, u32::MAX, 1)], "gidMappings"),
+        ] {
+            let message = mapped(uids, gids, &[]).unwrap_err().to_string();
+            assert!(message.contains(&format!("mounts[3].{field}")), "{message}");
+        }
+    }
+
+    #[test]
+    fn nothing_but_proc_may_be_at_proc() {
+        let at_proc = |mut mount: Mount| {
+            mount.destination = "/proc/".into();
+            plan(0, &mount)
+        };
+        at_proc(mount("proc", "proc", &[])).unwrap();
+        at_proc(mount("bind", "/proc", &["rbind"])).unwrap();
+        for other in [mount("tmpfs", "x", &[]), mount("bind", "/x", &[])] {
+            assert!(at_proc(other).unwrap_err().to_string().contains("mounts[0].destination"));
         }
     }
 

@@ -18,6 +18,10 @@ pub(crate) enum Make {
 /// Most links followed in one path, as in the kernel.
 const MAX_LINKS: usize = 40;
 
+/// How often a path is tried again whose parts others rename meanwhile: the kernel then cannot be
+/// sure that a `..` did not lead outside, and says so.
+const MAX_TRIES: usize = 1000;
+
 /// Opens (O_PATH) what `path` leads to in `root`.
 ///
 /// # Errors
@@ -26,7 +30,14 @@ pub(crate) fn open(root: BorrowedFd<'_>, path: &str) -> rustix::io::Result<Owned
     // An empty path means the root itself.
     let path = if path.is_empty() { "/" } else { path };
     let flags = OFlags::PATH | OFlags::CLOEXEC;
-    rustix::fs::openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match rustix::fs::openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+            Err(Errno::AGAIN) if tries < MAX_TRIES => {}
+            result => return result,
+        }
+    }
 }
 
 /// As [`open`], making what is missing: directories with `mode`, and at the end a directory or an
@@ -83,7 +94,13 @@ fn make_missing(root: BorrowedFd<'_>, path: &str, make: Make, mode: Mode) -> io:
                     Ok(()) => open(root, &prefix)?,
                     Err(Errno::EXIST) => {
                         // It exists and yet leads nowhere: a link.
-                        let target = rustix::fs::readlinkat(&parent, *part, Vec::new())?;
+                        let target = match rustix::fs::readlinkat(&parent, *part, Vec::new()) {
+                            // Or it was one: look again.
+                            Err(Errno::INVAL | Errno::NOENT) => {
+                                return Ok(Made::Redirected(path.to_owned()));
+                            }
+                            target => target?,
+                        };
                         let target = target.into_string().map_err(|_| Errno::ILSEQ)?;
                         let base = if target.starts_with('/') { "" } else { before.as_str() };
                         let rest = parts.get(index + 1..).unwrap_or_default().join("/");
@@ -105,8 +122,11 @@ fn make_one(parent: BorrowedFd<'_>, name: &str, make: Make, mode: Mode) -> rusti
     match make {
         Make::Directory => {
             rustix::fs::mkdirat(parent, name, mode)?;
-            // The umask must not have a say.
-            rustix::fs::chmodat(parent, name, mode, rustix::fs::AtFlags::empty())
+            // The umask must not have a say. By descriptor: what has this name now may be a link that
+            // another container put there.
+            let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let made = rustix::fs::openat(parent, name, flags, Mode::empty())?;
+            rustix::fs::fchmod(made, mode)
         }
         Make::File => {
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::WRONLY;

@@ -13,6 +13,7 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
 };
 
+use super::mounting;
 use super::mounts::{Kind, MountPlan};
 use super::path::{self, Make};
 use super::plan::{ContainerPlan, DeviceNode};
@@ -55,7 +56,12 @@ const LINKS: [(&str, &str); 5] = [
 pub(crate) fn make(plan: &ContainerPlan, overlay: &Overlay) -> Result<OwnedFd, StepError> {
     // Nothing that is mounted here may show up in the agent's namespace, except what the
     // specification asks to be shared.
-    let (kind, recursive) = plan.propagation.unwrap_or((libc::MS_SLAVE, true));
+    let (kind, recursive) = match plan.propagation {
+        // What is unbindable could not be bound below either: the root becomes so at last.
+        Some((libc::MS_UNBINDABLE, recursive)) => (libc::MS_PRIVATE, recursive),
+        Some(given) => given,
+        None => (libc::MS_SLAVE, true),
+    };
     set_propagation("/", kind, recursive).map_err(step("rootfsPropagation"))?;
     set_propagation(guest::CONTAINERS, libc::MS_PRIVATE, false)
         .map_err(step("make the parent of the root private"))?;
@@ -63,11 +69,12 @@ pub(crate) fn make(plan: &ContainerPlan, overlay: &Overlay) -> Result<OwnedFd, S
     let root = mount_overlay(overlay)?;
     let mut read_only_later = Vec::new();
     for (index, mount) in plan.mounts.iter().enumerate() {
-        let fd = one_mount(root.as_fd(), mount).map_err(|source| StepError {
+        let fd = mounting::perform(root.as_fd(), mount).map_err(|source| StepError {
             step: format!("mounts[{index}]: {}", describe(mount)),
             source,
         })?;
-        if matches!(mount.kind, Kind::New { .. }) && mount.attr.set & libc::MOUNT_ATTR_RDONLY != 0 {
+        let is_new = !matches!(mount.kind, Kind::Bind { .. });
+        if is_new && mount.attr.set & libc::MOUNT_ATTR_RDONLY != 0 {
             read_only_later.push((index, fd));
         }
     }
@@ -131,11 +138,14 @@ pub(crate) fn enter(root: &OwnedFd, plan: &ContainerPlan) -> Result<(), StepErro
 fn describe(mount: &MountPlan) -> String {
     match &mount.kind {
         Kind::Bind { source, .. } => format!("bind {source} to {}", mount.destination),
+        Kind::Overlay { .. } => format!("overlay on {}", mount.destination),
+        Kind::Tmpfs { .. } => format!("tmpfs on {}", mount.destination),
         Kind::New { fstype, .. } => format!("{fstype} on {}", mount.destination),
     }
 }
 
-fn open_path(path: &str) -> rustix::io::Result<OwnedFd> {
+/// Opens (O_PATH) a path of the guest.
+pub(super) fn open_path(path: &str) -> rustix::io::Result<OwnedFd> {
     rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }
 
@@ -215,59 +225,6 @@ fn mount_overlay(overlay: &Overlay) -> Result<OwnedFd, StepError> {
     let target = open_path(&overlay.target).map_err(step("open the root's mount point"))?;
     attach(mount.as_fd(), target.as_fd()).map_err(step("attach the root's overlay"))?;
     Ok(mount)
-}
-
-/// Performs one mount of the specification and returns it.
-fn one_mount(root: BorrowedFd<'_>, mount: &MountPlan) -> io::Result<OwnedFd> {
-    let directory_mode = Mode::from_raw_mode(0o755);
-    let (fd, make) = match &mount.kind {
-        Kind::Bind { source, recursive } => {
-            let fd = bind_source(source, *recursive)?;
-            let stat = rustix::fs::fstat(&fd)?;
-            let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-            (fd, if is_directory { Make::Directory } else { Make::File })
-        }
-        Kind::New { fstype, source, options } => {
-            let flags = mount.attr.set & !libc::MOUNT_ATTR_RDONLY;
-            (new_filesystem(fstype, source, options, flags)?, Make::Directory)
-        }
-    };
-    if matches!(mount.kind, Kind::Bind { .. }) && mount.attr != MountAttr::default() {
-        sys::mount_setattr(fd.as_fd(), false, mount.attr)?;
-    }
-    if mount.recursive_attr != MountAttr::default() {
-        sys::mount_setattr(fd.as_fd(), true, mount.recursive_attr)?;
-    }
-    let target = path::open_or_make(root, &mount.destination, make, directory_mode)?;
-    attach(fd.as_fd(), target.as_fd())?;
-    // Attaching may have changed it, so that it comes last. Private by default, as in runc.
-    let (kind, recursive) = match mount.propagation {
-        (0, _) => (libc::MS_PRIVATE, true),
-        given => given,
-    };
-    let attr = MountAttr { propagation: kind, ..MountAttr::default() };
-    sys::mount_setattr(fd.as_fd(), recursive, attr)?;
-    Ok(fd)
-}
-
-/// A copy of the mount at `source`, attached nowhere yet.
-///
-/// A path below a volume is resolved inside that volume, because containers write there and may
-/// have put a link in the way; what is missing of it is made, with the mode of the volume's root
-/// (Kubernetes: subPath).
-fn bind_source(source: &str, recursive: bool) -> io::Result<OwnedFd> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    if recursive {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
-    }
-    let below = source.strip_prefix(guest::VOLUMES).and_then(|s| s.strip_prefix('/'));
-    if let Some((volume, path)) = below.and_then(|below| below.split_once('/')) {
-        let volume = open_path(&format!("{}/{volume}", guest::VOLUMES))?;
-        let mode = Mode::from_raw_mode(rustix::fs::fstat(&volume)?.st_mode & 0o7777);
-        let fd = path::open_or_make(volume.as_fd(), path, Make::Directory, mode)?;
-        return Ok(rustix::mount::open_tree(&fd, "", flags | OpenTreeFlags::AT_EMPTY_PATH)?);
-    }
-    Ok(rustix::mount::open_tree(CWD, source, flags)?)
 }
 
 /// Makes the nodes and links that every container has in /dev.

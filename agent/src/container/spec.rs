@@ -148,6 +148,20 @@ pub(crate) struct Mount {
     pub(crate) source: Option<String>,
     #[serde(default)]
     pub(crate) options: Vec<String>,
+    #[serde(default, rename = "uidMappings")]
+    pub(crate) uid_mappings: Vec<IdMapping>,
+    #[serde(default, rename = "gidMappings")]
+    pub(crate) gid_mappings: Vec<IdMapping>,
+}
+
+/// A line of `uid_map` or `gid_map` (user_namespaces(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub(crate) struct IdMapping {
+    #[serde(rename = "containerID")]
+    pub(crate) container_id: u32,
+    #[serde(rename = "hostID")]
+    pub(crate) host_id: u32,
+    pub(crate) size: u32,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

@@ -235,7 +235,7 @@ impl Guest {
     }
 
     /// The agent's root directory, as seen from outside.
-    fn root(&self) -> PathBuf {
+    pub(crate) fn root(&self) -> PathBuf {
         let agent = fs::read_to_string(self.cgroup.join("agent/cgroup.procs")).unwrap();
         PathBuf::from(format!("/proc/{}/root", agent.lines().next().unwrap()))
     }
