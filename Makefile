@@ -71,7 +71,15 @@ test: build images ## Run all tests: unit tests here, everything else in the tes
 check: tools ## Formatting, lints, dependencies
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	@scripts/need-packages g++
+	$(CARGO) clippy --locked --manifest-path tests/fuzz/Cargo.toml --target-dir target -- -D warnings
 	scripts/check-dependencies
+
+FUZZ_SECONDS ?= 60
+.PHONY: fuzz
+fuzz: ## Fuzz every target of tests/fuzz for FUZZ_SECONDS (60) each; needs a nightly compiler
+	@scripts/need-packages gcc g++ libc6-dev
+	@scripts/fuzz $(FUZZ_SECONDS)
 
 .PHONY: bench
 bench: build images ## Measure husk against QEMU, crun and runc in the test host

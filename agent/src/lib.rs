@@ -22,6 +22,9 @@
 mod boot;
 mod cgroup;
 mod container;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod host;
 mod log;
 mod pod;

@@ -54,7 +54,7 @@ impl PodError {
 const MAX_HOSTNAME: usize = 64;
 
 /// Checks what can be checked before anything is made.
-fn check(request: &SetupPodRequest) -> Result<(), PodError> {
+pub(crate) fn check(request: &SetupPodRequest) -> Result<(), PodError> {
     let name = &request.hostname;
     let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-');
     if name.is_empty() || name.len() > MAX_HOSTNAME || !name.bytes().all(good) {

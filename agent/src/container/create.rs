@@ -202,7 +202,11 @@ fn is_small(tree: &Path) -> io::Result<bool> {
 }
 
 /// Checks the names of a container's layers.
-fn check_layers(pod: &PodInfo, lower: &[String], upper_on: &str) -> Result<(), ContainerError> {
+pub(crate) fn check_layers(
+    pod: &PodInfo,
+    lower: &[String],
+    upper_on: &str,
+) -> Result<(), ContainerError> {
     if lower.is_empty() || lower.len() > MAX_LAYERS {
         let count = lower.len();
         return Err(ContainerError::Rootfs(format!("{count} layers; must be 1 to {MAX_LAYERS}")));

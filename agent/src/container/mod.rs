@@ -8,6 +8,8 @@ mod copy_up;
 mod create;
 pub(crate) mod events;
 mod exec;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod hooks;
 mod id_map;
 mod init;
