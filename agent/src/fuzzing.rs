@@ -11,6 +11,7 @@ use husk_proto::agent::agent_server::Agent as Service;
 use prost::Message;
 use tonic::{Code, Request, Status};
 
+use crate::cgroup::values::{IfAbsent, Setting};
 use crate::cgroup::{self, devices};
 use crate::chain;
 use crate::container::fuzzing::{check_layers, exec, plan};
@@ -32,8 +33,14 @@ pub fn config(bytes: &[u8]) {
         assert!(parts.iter().all(|part| !part.contains('/') && *part != ".."));
     }
     assert!(!devices::program(&plan.device_rules).is_empty());
-    for (file, _) in &plan.cgroup_settings {
-        assert!(!file.contains('/'), "{file:?} leads out of the cgroup");
+    for Setting { file, if_absent, .. } in &plan.cgroup_settings {
+        let other = match if_absent {
+            IfAbsent::Instead { file, .. } => file,
+            IfAbsent::Refuse | IfAbsent::Skip => file,
+        };
+        for file in [file, other] {
+            assert!(!file.contains('/'), "{file:?} leads out of the cgroup");
+        }
     }
     let given = plan.given.clone();
     assert!(plan.exec(given).is_ok(), "what a container may be, an exec in it may be");
