@@ -1,5 +1,6 @@
 //! The command line's grammar and its help.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,6 +8,23 @@ use anyhow::Context;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use husk_engine::paths::{Config, names, shared_file};
 use husk_engine::storage::DEFAULT_SCRATCH_BYTES;
+
+use crate::pods::attach::AttachArgs;
+use crate::pods::completion::CompletionArgs;
+use crate::pods::console::ConsoleArgs;
+use crate::pods::events::EventsArgs;
+use crate::pods::exec::ExecArgs;
+use crate::pods::inspect::InspectArgs;
+use crate::pods::kill::KillArgs;
+use crate::pods::logs::LogsArgs;
+use crate::pods::pause::{PauseArgs, UnpauseArgs};
+use crate::pods::ps::PsArgs;
+use crate::pods::rm::RmArgs;
+use crate::pods::stats::StatsArgs;
+use crate::pods::stop::StopArgs;
+use crate::pods::top::TopArgs;
+use crate::pods::wait::WaitArgs;
+use crate::run::background::HoldArgs;
 
 /// Run Kubernetes pods in microVMs
 ///
@@ -21,6 +39,8 @@ use husk_engine::storage::DEFAULT_SCRATCH_BYTES;
         husk check                       see whether this host can run pods\n  \
         husk image import ./nginx-oci    take an image from a directory\n  \
         husk run pod.yaml                run a pod in the foreground\n  \
+        husk run -d pod.yaml             run a pod in the background\n  \
+        husk exec -it web sh             enter one of its containers\n  \
         kubectl create deploy x --image nginx --dry-run=client -o yaml | ... | husk run -"
 )]
 pub(crate) struct Cli {
@@ -33,8 +53,26 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Run(RunArgs),
+    Ps(PsArgs),
+    Logs(LogsArgs),
+    Exec(ExecArgs),
+    Attach(AttachArgs),
+    Stop(StopArgs),
+    Kill(KillArgs),
+    Wait(WaitArgs),
+    Rm(RmArgs),
+    Inspect(InspectArgs),
+    Events(EventsArgs),
+    Stats(StatsArgs),
+    Top(TopArgs),
+    Pause(PauseArgs),
+    Unpause(UnpauseArgs),
+    Console(ConsoleArgs),
     Image(ImageArgs),
     Check(CheckArgs),
+    Completion(CompletionArgs),
+    #[command(hide = true)]
+    Hold(HoldArgs),
 }
 
 /// Options of every command.
@@ -98,6 +136,29 @@ impl Global {
         })
     }
 
+    /// The same options for another husk, which may be in another directory.
+    pub(crate) fn repeated(&self) -> anyhow::Result<Vec<OsString>> {
+        let Config { state_dir, run_dir, kernel, initramfs, kvm, vmm, scratch_bytes: _ } =
+            self.config()?;
+        let places = [
+            ("--state-dir", state_dir),
+            ("--run-dir", run_dir),
+            ("--kernel", kernel),
+            ("--initramfs", initramfs),
+            ("--kvm", kvm),
+            ("--vmm", vmm),
+        ];
+        let mut options = Vec::new();
+        for (option, place) in places {
+            let place = std::path::absolute(&place)
+                .with_context(|| format!("cannot tell where {} is", place.display()))?;
+            options.extend([option.into(), place.into_os_string()]);
+        }
+        options.extend((0..self.verbose).map(|_| "--verbose".into()));
+        options.extend(self.quiet.then(|| "--quiet".into()));
+        Ok(options)
+    }
+
     fn default_run_dir(&self) -> PathBuf {
         let system = PathBuf::from("/run/husk");
         // Made by the first who may; whoever may not has a directory with the images.
@@ -118,7 +179,7 @@ pub(crate) enum Output {
     Json,
 }
 
-/// Run the pods of manifests in the foreground until they end
+/// Run the pods of manifests, in the foreground until they end, or in the background
 ///
 /// Each FILE holds one or more Kubernetes v1 Pods in YAML or JSON; `-` is the standard input. All
 /// pods run at the same time, each in a virtual machine of its own, which is as large as the pod's
@@ -130,6 +191,11 @@ pub(crate) enum Output {
 ///
 /// Ctrl-C stops the pods as Kubernetes would: every container gets its stop signal, and SIGKILL
 /// when terminationGracePeriodSeconds are over. A second Ctrl-C kills at once.
+///
+/// With -d each pod is held by a process of its own that outlives the terminal. husk returns when
+/// all containers were started, and prints the pods' names. Such a pod has its name to itself, and
+/// stays listed by `husk ps -a`, with its logs, until `husk rm`. `husk logs`, `exec`, `attach`, ...
+/// work on pods in the foreground as well.
 #[derive(Debug, Args)]
 #[command(after_long_help = "Exit code:\n  \
     0    every pod Succeeded\n  \
@@ -137,9 +203,11 @@ pub(crate) enum Output {
          cannot be executed, 127 if it does not exist, 128+N if signal N ended it)\n  \
     1    one of several pods Failed\n  \
     2    wrong arguments\n  \
-    125  a pod could not be run: bad manifest, no image, no KVM, VM lost, ...\n\n\
+    125  a pod could not be run: bad manifest, no image, no KVM, VM lost, ...\n\
+    With -d: 0 if the containers of every pod were started, else 125.\n\n\
     Examples:\n  \
     husk run pod.yaml\n  \
+    husk run -d --replace pod.yaml\n  \
     husk run a.yaml b.yaml\n  \
     husk run --output json - < pod.yaml > result.json")]
 pub(crate) struct RunArgs {
@@ -159,11 +227,48 @@ pub(crate) struct RunArgs {
     /// Do not print the closing table
     #[arg(long)]
     pub(crate) no_summary: bool,
+    /// Run the pods in the background and return when their containers were started
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// With -d, remove a pod of the same name that has ended
+    #[arg(long)]
+    pub(crate) replace: bool,
+    /// Size in MiB at which a container's log file is rotated
+    #[arg(long, env = "HUSK_LOG_MAX_SIZE", value_name = "MIB", default_value_t = 10,
+        value_parser = clap::value_parser!(u64).range(1..=65536))]
+    pub(crate) log_max_size: u64,
+    /// How many log files a run of a container may have, the current one included
+    #[arg(long, env = "HUSK_LOG_MAX_FILES", value_name = "N", default_value_t = 5,
+        value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(crate) log_max_files: u32,
 }
 
 impl RunArgs {
     pub(crate) fn start_timeout(&self) -> Duration {
         Duration::from_secs(self.start_timeout)
+    }
+
+    /// The same options for another husk, without files and what concerns only this one.
+    pub(crate) fn repeated(&self) -> Vec<String> {
+        let RunArgs {
+            files: _,
+            output: _,
+            start_timeout,
+            disk_size,
+            no_summary: _,
+            detach: _,
+            replace,
+            log_max_size,
+            log_max_files,
+        } = self;
+        let mut options = vec![
+            format!("--start-timeout={start_timeout}"),
+            format!("--disk-size={disk_size}"),
+            format!("--log-max-size={log_max_size}"),
+            format!("--log-max-files={log_max_files}"),
+        ];
+        options.extend(replace.then(|| "--replace".to_owned()));
+        options
     }
 }
 

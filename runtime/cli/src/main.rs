@@ -10,6 +10,7 @@ mod args;
 mod check;
 mod image;
 mod images;
+mod pods;
 mod run;
 
 use std::process::ExitCode;
@@ -27,6 +28,23 @@ fn main() -> ExitCode {
     start_logging(&global);
     let done = match command {
         Command::Run(args) => run::run(&global, args),
+        Command::Ps(args) => pods::ps::run(&global, &args),
+        Command::Logs(args) => pods::logs::run(&global, &args),
+        Command::Exec(args) => pods::exec::run(&global, args),
+        Command::Attach(args) => pods::attach::run(&global, &args),
+        Command::Stop(args) => pods::stop::run(&global, &args),
+        Command::Kill(args) => pods::kill::run(&global, &args),
+        Command::Wait(args) => pods::wait::run(&global, &args),
+        Command::Rm(args) => pods::rm::run(&global, &args),
+        Command::Inspect(args) => pods::inspect::run(&global, &args),
+        Command::Events(args) => pods::events::run(&global, &args),
+        Command::Stats(args) => pods::stats::run(&global, &args),
+        Command::Top(args) => pods::top::run(&global, &args),
+        Command::Pause(args) => pods::pause::pause(&global, &args),
+        Command::Unpause(args) => pods::pause::unpause(&global, &args),
+        Command::Console(args) => pods::console::run(&global, &args),
+        Command::Completion(args) => Ok(pods::completion::run(&args)),
+        Command::Hold(args) => run::background::hold(&global, &args),
         Command::Image(args) => image::run(&global, args),
         Command::Check(args) => check::run(&global, &args),
     };

@@ -9,6 +9,7 @@
 #![deny(clippy::unwrap_used, clippy::indexing_slicing)]
 
 pub mod guest;
+pub mod holder;
 pub mod manifest;
 pub mod oci;
 pub mod paths;

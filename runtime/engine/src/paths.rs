@@ -41,6 +41,12 @@ impl Config {
         self.state_dir.join("scratch")
     }
 
+    /// Where the records of pods are kept.
+    #[must_use]
+    pub fn records_dir(&self) -> PathBuf {
+        self.state_dir.join("pods")
+    }
+
     /// Where the directories of running pods are.
     #[must_use]
     pub fn pods_dir(&self) -> PathBuf {

@@ -1,5 +1,6 @@
-//! `husk run`: pods in the foreground.
+//! `husk run`: pods in the foreground, and on their way to the background.
 
+pub(crate) mod background;
 mod logs;
 mod report;
 
@@ -10,8 +11,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use husk_engine::holder::rotate::Rotation;
+use husk_engine::holder::{Held, HoldOptions};
 use husk_engine::manifest;
-use husk_engine::pod::{Images, LogChunk, Pod, PodHandle, PodOptions, PodReport, Stopper};
+use husk_engine::paths::Config;
+use husk_engine::pod::{Images, LogChunk, PodOptions, PodReport, Stopper};
 use husk_engine::types::PodSpec;
 use husk_image::Store;
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,11 +31,40 @@ const MAX_MANIFEST: u64 = manifest::MAX_LEN as u64;
 /// How many pieces of output may wait for the terminal before containers are held up.
 const LOG_QUEUE: usize = 64;
 
+/// A manifest, and how messages call it.
+struct Source {
+    name: String,
+    text: String,
+}
+
 /// Runs the pods of the manifests.
 pub(crate) fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCode> {
-    let specs = read_all(&args.files)?;
+    let pods = read_all(&args.files)?;
+    if args.detach {
+        return background::launch(global, &args, &pods);
+    }
+    let options = pod_options(global, &args, args.output == Output::Json)?;
+    let images = store_images(&options.config)?;
+    let hold = hold_options(&args, false);
+    let reports = on_event_loop(run_pods(pods, images, options, hold, args.output))?;
+    show(&reports, &args, global)?;
+    let reports: Vec<PodReport> = reports.into_iter().map(|(_, report)| report).collect();
+    Ok(ExitCode::from(report::exit_code(&reports)))
+}
+
+fn pod_options(global: &Global, args: &RunArgs, measure: bool) -> anyhow::Result<PodOptions> {
     let mut config = global.config()?;
     config.scratch_bytes = args.disk_size << 30;
+    let start_timeout = args.start_timeout();
+    Ok(PodOptions { config, start_timeout, measure, console_log: None })
+}
+
+fn hold_options(args: &RunArgs, background: bool) -> HoldOptions {
+    let rotation = Rotation { max_bytes: args.log_max_size << 20, max_files: args.log_max_files };
+    HoldOptions { background, replace: args.replace, rotation }
+}
+
+fn store_images(config: &Config) -> anyhow::Result<Arc<dyn Images>> {
     let images = config.images_dir();
     let store = Store::open(&images).with_context(|| {
         format!(
@@ -40,22 +73,16 @@ pub(crate) fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCode> {
             images.display()
         )
     })?;
-    let images = Arc::new(StoreImages::new(store));
-    let options = PodOptions {
-        config,
-        start_timeout: args.start_timeout(),
-        measure: args.output == Output::Json,
-        console_log: None,
-    };
-    // One thread serves everything: it only ever passes things on.
+    Ok(Arc::new(StoreImages::new(store)))
+}
+
+/// One thread serves everything: it only ever passes things on.
+fn on_event_loop<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot make an event loop")?;
-    let reports = runtime.block_on(run_pods(specs, images, options, args.output))?;
-    show(&reports, &args, global)?;
-    let reports: Vec<PodReport> = reports.into_iter().map(|(_, report)| report).collect();
-    Ok(ExitCode::from(report::exit_code(&reports)))
+    runtime.block_on(work)
 }
 
 fn show(
@@ -79,12 +106,13 @@ fn show(
 }
 
 /// The pods of all manifests. No two may have the same name.
-fn read_all(files: &[PathBuf]) -> anyhow::Result<Vec<PodSpec>> {
-    let mut specs: Vec<PodSpec> = Vec::new();
+fn read_all(files: &[PathBuf]) -> anyhow::Result<Vec<(PodSpec, Arc<Source>)>> {
+    let mut specs: Vec<(PodSpec, Arc<Source>)> = Vec::new();
     for file in files {
-        let (text, name) = read(file)?;
-        for spec in manifest::parse(&text, &name)? {
-            let same = |other: &PodSpec| {
+        let source = Arc::new(read(file)?);
+        let name = &source.name;
+        for spec in manifest::parse(&source.text, name)? {
+            let same = |(other, _): &(PodSpec, Arc<Source>)| {
                 other.metadata.name == spec.metadata.name
                     && other.metadata.namespace == spec.metadata.namespace
             };
@@ -94,13 +122,13 @@ fn read_all(files: &[PathBuf]) -> anyhow::Result<Vec<PodSpec>> {
                 spec.metadata.namespace,
                 spec.metadata.name
             );
-            specs.push(spec);
+            specs.push((spec, source.clone()));
         }
     }
     Ok(specs)
 }
 
-fn read(file: &Path) -> anyhow::Result<(String, String)> {
+fn read(file: &Path) -> anyhow::Result<Source> {
     let stdin = file == Path::new("-");
     let name = if stdin { "standard input".to_owned() } else { file.display().to_string() };
     let mut bytes = Vec::new();
@@ -112,38 +140,43 @@ fn read(file: &Path) -> anyhow::Result<(String, String)> {
     };
     read.with_context(|| format!("cannot read the manifest {name}"))?;
     let text = String::from_utf8(bytes).with_context(|| format!("{name} is not UTF-8 text"))?;
-    Ok((text, name))
+    Ok(Source { name, text })
 }
 
 async fn run_pods(
-    specs: Vec<PodSpec>,
+    pods: Vec<(PodSpec, Arc<Source>)>,
     images: Arc<dyn Images>,
     options: PodOptions,
+    hold: HoldOptions,
     output: Output,
 ) -> anyhow::Result<Vec<(Arc<PodSpec>, PodReport)>> {
-    let with_pod = specs.len() > 1;
-    let containers: Vec<(String, String)> = specs
+    let with_pod = pods.len() > 1;
+    let containers: Vec<(String, String)> = pods
         .iter()
-        .flat_map(|pod| pod.all_containers().map(|c| (pod.metadata.name.clone(), c.name.clone())))
+        .flat_map(|(pod, _)| {
+            pod.all_containers().map(|c| (pod.metadata.name.clone(), c.name.clone()))
+        })
         .collect();
     let printer = Printer::new(&containers, with_pod, output == Output::Json);
     let (logs, writer) = start_writer(printer)?;
 
-    let mut pods = Vec::new();
-    for spec in specs {
-        let mut pod = Pod::start(spec, images.clone(), options.clone());
-        if let Some(from) = pod.take_logs() {
-            tokio::spawn(forward(pod.spec().metadata.name.clone(), from, logs.clone()));
-        }
-        pods.push(pod);
+    let mut held = Vec::new();
+    for (spec, source) in pods {
+        let (terminal, from) = mpsc::channel(LOG_QUEUE);
+        tokio::spawn(forward(spec.metadata.name.clone(), from, logs.clone()));
+        let (text, terminal) = (source.text.clone(), Some(terminal));
+        let start =
+            Held::start(spec, text, images.clone(), options.clone(), hold.clone(), terminal);
+        held.push(start.await?);
     }
+    let pods = held;
     drop(logs);
-    let stoppers: Vec<Stopper> = pods.iter().map(PodHandle::stopper).collect();
+    let stoppers: Vec<Stopper> = pods.iter().map(Held::stopper).collect();
     let interrupts = tokio::spawn(watch_signals(stoppers)?);
 
     let mut reports = Vec::new();
     for pod in pods {
-        let spec = pod.shared_spec();
+        let spec = pod.spec();
         reports.push((spec, pod.wait().await));
     }
     interrupts.abort();
@@ -156,12 +189,12 @@ async fn run_pods(
 }
 
 /// What a pod's container wrote, with the pod's name.
-type Logs = mpsc::Sender<(Arc<str>, LogChunk)>;
+type Logs = mpsc::Sender<(Arc<str>, Arc<LogChunk>)>;
 
 /// A thread that writes what containers write: it may be held up by the terminal, and nothing else
 /// is then.
 fn start_writer(mut printer: Printer) -> anyhow::Result<(Logs, std::thread::JoinHandle<()>)> {
-    let (logs, mut queue) = mpsc::channel::<(Arc<str>, LogChunk)>(LOG_QUEUE);
+    let (logs, mut queue) = mpsc::channel::<(Arc<str>, Arc<LogChunk>)>(LOG_QUEUE);
     let thread = std::thread::Builder::new().name("output".into()).spawn(move || {
         while let Some((pod, chunk)) = queue.blocking_recv() {
             printer.print(&pod, &chunk);
@@ -171,7 +204,7 @@ fn start_writer(mut printer: Printer) -> anyhow::Result<(Logs, std::thread::Join
     Ok((logs, thread.context("cannot start a thread")?))
 }
 
-async fn forward(pod: String, mut from: mpsc::Receiver<LogChunk>, to: Logs) {
+async fn forward(pod: String, mut from: mpsc::Receiver<Arc<LogChunk>>, to: Logs) {
     let pod: Arc<str> = pod.into();
     while let Some(chunk) = from.recv().await {
         if to.send((pod.clone(), chunk)).await.is_err() {

@@ -208,20 +208,17 @@ impl Guest {
     }
 }
 
-/// Turns the one connection of the agent into a gRPC channel. When it breaks there is no other.
-async fn channel(stream: UnixStream) -> Result<Channel, tonic::transport::Error> {
+/// Turns one connection into a gRPC channel. When it breaks there is no other.
+pub(crate) async fn channel(stream: UnixStream) -> Result<Channel, tonic::transport::Error> {
     let mut stream = Some(stream);
     let connector = tower::service_fn(move |_: http::Uri| {
         let stream = stream.take().ok_or_else(|| {
-            std::io::Error::new(
-                std::io::ErrorKind::NotConnected,
-                "the agent's connection is closed",
-            )
+            std::io::Error::new(std::io::ErrorKind::NotConnected, "the connection is closed")
         });
         std::future::ready(stream.map(TokioIo::new))
     });
     // The name is never looked up.
-    Endpoint::from_static("http://agent.invalid").connect_with_connector(connector).await
+    Endpoint::from_static("http://husk.invalid").connect_with_connector(connector).await
 }
 
 /// Makes the request `$rpc` by the generated method `$method`.

@@ -88,7 +88,7 @@ pub(super) struct Actor<R: Runtime> {
 
 /// The texts of an error and its causes in one line. Causes that the text above them repeats are
 /// left out.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

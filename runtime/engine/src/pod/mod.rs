@@ -28,13 +28,14 @@ use tokio::task::JoinHandle;
 pub use self::access::{
     AccessError, Copy, CopyRequest, ExecProcess, ExecRequest, ExecStreams, PodAccess,
 };
+pub(crate) use self::actor::chain;
 use self::actor::{Actor, Clock, Command};
 pub use self::images::{ImageError, Images, ResolvedImage, Resolving};
 pub use self::input::Input;
 pub use self::logs::{LogChunk, Stream};
 use self::prepare::Prepared;
 pub use self::prepare::{PrepareError, new_uid};
-pub use self::rundir::RunDirError;
+pub use self::rundir::{RunDirError, sweep_dead};
 use self::runtime::GuestRuntime;
 use self::state::{Event, Machine};
 pub use self::status::{

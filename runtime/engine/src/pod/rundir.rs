@@ -109,6 +109,19 @@ fn lock(path: &Path) -> Result<File, RunDirError> {
     Ok(file)
 }
 
+/// Removes the directories under `pods` whose owners died. Blocks for moments.
+///
+/// # Errors
+/// If they cannot be looked at; what cannot be removed is left and told in the log.
+pub fn sweep_dead(pods: &Path) -> Result<(), RunDirError> {
+    if !pods.exists() {
+        return Ok(());
+    }
+    let _guard = lock(&pods.join(GUARD))?;
+    sweep(pods);
+    Ok(())
+}
+
 /// Removes the directories whose owners died. What cannot be removed is left and told.
 fn sweep(pods: &Path) {
     let entries = match std::fs::read_dir(pods) {
