@@ -15,7 +15,7 @@ use clap::Args;
 use husk_engine::holder::Held;
 use husk_engine::holder::status::StatusRecord;
 use husk_engine::manifest;
-use husk_engine::pod::{PodPhase, PodStatus};
+use husk_engine::pod::{ContainerState, ContainerStatus, PodPhase, PodStatus};
 use husk_engine::types::PodSpec;
 use serde::{Deserialize, Serialize};
 
@@ -157,10 +157,24 @@ pub(crate) fn hold(global: &Global, args: &HoldArgs) -> anyhow::Result<ExitCode>
     })
 }
 
-/// Waits until the pod's containers run, or it has ended.
+/// Waits until each of the pod's containers was started or could not be, or the pod has ended.
 async fn started_or_over(held: &mut Held) -> PodStatus {
     let mut statuses = held.watch();
-    let started = |status: &PodStatus| status.phase != PodPhase::Pending;
+    let tried = |container: &ContainerStatus| {
+        container.last.is_some() || !matches!(container.state, ContainerState::Waiting { .. })
+    };
+    // One that could not be started ends the pod, unless others run, or it is tried again.
+    let goes_on = |container: &ContainerStatus| match &container.state {
+        ContainerState::Waiting { .. } | ContainerState::Running { .. } => true,
+        ContainerState::Terminated(end) => end.started_at.is_some(),
+    };
+    let started = |status: &PodStatus| match status.phase {
+        PodPhase::Pending => false,
+        PodPhase::Running => {
+            status.containers.iter().all(tried) && status.containers.iter().any(goes_on)
+        }
+        PodPhase::Succeeded | PodPhase::Failed => true,
+    };
     match statuses.wait_for(started).await {
         Ok(status) => status.clone(),
         // The pod's task is gone; its last status stays.
