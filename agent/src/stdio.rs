@@ -4,6 +4,10 @@
 //! Back-pressure: output is read from the process only after the host took what was read before, so
 //! that a reader that stops grows nobody's memory: there is at most one buffer of [`BUFFER_BYTES`]
 //! for each stream, and none while a stream is idle.
+//!
+//! A process has ended for its client when all that it wrote was taken. What delays that is bounded:
+//! a descendant that keeps the output open by [`DRAIN_LIMIT`], a host that does not read by
+//! [`READER_LIMIT`] more.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,6 +21,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::sys;
@@ -26,8 +31,15 @@ use crate::transport::{ConnectError, Transport};
 const BUFFER_BYTES: usize = 64 * 1024;
 
 /// How long a process that has ended waits for the end of its output, which comes at once unless a
-/// descendant of it lives on and holds its output open.
-pub(crate) const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// descendant of it lives on and holds its output open, or the host reads slowly.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+
+/// What is delivered after that: the most that a pipe can hold (/proc/sys/fs/pipe-max-size, which
+/// an ordinary process cannot exceed), so that nothing is lost that was written before the end.
+const LAST_BYTES: usize = 1 << 20;
+
+/// How long a host that takes nothing may then keep a process from having ended.
+const READER_LIMIT: Duration = Duration::from_secs(60);
 
 /// Streams that could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -150,8 +162,11 @@ fn null() -> Result<OwnedFd, StdioError> {
 #[derive(Debug, Default)]
 pub(crate) struct Relay {
     input: Option<JoinHandle<()>>,
-    outputs: Vec<JoinHandle<()>>,
+    /// Each tells at its end whether that was the end of its stream.
+    outputs: Vec<JoinHandle<bool>>,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
+    /// True once only what is there already is to be delivered.
+    closing: watch::Sender<bool>,
 }
 
 impl Relay {
@@ -170,7 +185,8 @@ impl Relay {
                 });
                 for (pipe, socket) in outputs {
                     let source = Source::Pipe(pipe);
-                    relay.outputs.push(tokio::spawn(to_host(source, Some(socket))));
+                    let closing = relay.closing.subscribe();
+                    relay.outputs.push(tokio::spawn(to_host(source, Some(socket), closing)));
                 }
             }
             Ends::Terminal { input, output } => {
@@ -187,7 +203,8 @@ impl Relay {
                 });
                 // Read even if nobody wants it: a terminal that is not read from stops its writers.
                 let source = Source::Terminal(Arc::clone(&master));
-                relay.outputs.push(tokio::spawn(to_host(source, output)));
+                let closing = relay.closing.subscribe();
+                relay.outputs.push(tokio::spawn(to_host(source, output, closing)));
                 relay.terminal = Some(master);
             }
         }
@@ -206,29 +223,36 @@ impl Relay {
         Ok(true)
     }
 
-    /// For a process that has ended: waits until all of its output has been handed to the host,
-    /// but no longer than [`DRAIN_LIMIT`]. Returns whether it was all.
+    /// For a process that has ended: waits until all of its output has been handed to the host.
+    /// After [`DRAIN_LIMIT`] what is there by then is all. Returns whether the output came to its
+    /// end, and the host took all.
     pub(crate) async fn drain(mut self) -> bool {
         if let Some(input) = self.input.take() {
             input.abort();
         }
         let outputs = std::mem::take(&mut self.outputs);
-        let stop: Vec<_> = outputs.iter().map(JoinHandle::abort_handle).collect();
         let all = async {
+            let mut complete = true;
             for output in outputs {
-                // A relay ends by itself only at the end of its stream.
-                let _ended = output.await;
+                complete &= output.await.unwrap_or(false);
             }
+            complete
         };
-        let complete = tokio::time::timeout(DRAIN_LIMIT, all).await.is_ok();
-        stop.iter().for_each(tokio::task::AbortHandle::abort);
-        complete
+        let mut all = std::pin::pin!(all);
+        match tokio::time::timeout(DRAIN_LIMIT, &mut all).await {
+            Ok(complete) => complete,
+            Err(_) => {
+                self.closing.send_replace(true);
+                all.await
+            }
+        }
     }
 }
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        self.input.iter().chain(&self.outputs).for_each(JoinHandle::abort);
+        self.input.iter().for_each(JoinHandle::abort);
+        self.outputs.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -277,13 +301,36 @@ impl Source {
 /// Carries output to the host until its end; the connection is then shut down for writing, which
 /// tells the host that this was all. Without a connection, or after it broke, output is read and
 /// dropped: a client that goes away must not stop or kill the program.
-async fn to_host(source: Source, mut socket: Option<UnixStream>) {
-    'stream: while source.readable().await.is_ok() {
+///
+/// Once `closing` is true it ends with what there is to read then. Returns whether it came to the
+/// end of the stream, and the host took all.
+async fn to_host(
+    source: Source,
+    mut socket: Option<UnixStream>,
+    mut closing: watch::Receiver<bool>,
+) -> bool {
+    let mut complete = false;
+    let mut left = LAST_BYTES;
+    'stream: loop {
+        let last = tokio::select! {
+            biased;
+            readable = source.readable() => {
+                if readable.is_err() {
+                    break 'stream;
+                }
+                *closing.borrow()
+            }
+            () = closed(&mut closing) => true,
+        };
         let mut buffer = vec![0_u8; BUFFER_BYTES];
         loop {
             let bytes = match source.try_read(&mut buffer) {
-                Ok(0) => break 'stream,
+                Ok(0) => {
+                    complete = true;
+                    break 'stream;
+                }
                 Ok(count) => buffer.get(..count).unwrap_or_default(),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock && last => break 'stream,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
@@ -291,13 +338,19 @@ async fn to_host(source: Source, mut socket: Option<UnixStream>) {
                     break 'stream;
                 }
             };
+            if *closing.borrow() {
+                left = left.saturating_sub(bytes.len());
+            }
             if let Some(connection) = &mut socket {
-                if let Err(error) = connection.write_all(bytes).await {
+                if let Err(error) = deliver(connection, bytes, &mut closing).await {
                     tracing::info!(%error, "nobody takes the output any more");
                     socket = None;
                 }
             } else {
                 tokio::task::yield_now().await;
+            }
+            if left == 0 {
+                break 'stream;
             }
         }
     }
@@ -305,6 +358,37 @@ async fn to_host(source: Source, mut socket: Option<UnixStream>) {
         && let Err(error) = connection.shutdown().await
     {
         tracing::info!(%error, "the output's end could not be told");
+    }
+    complete
+}
+
+/// Writes all of `bytes`, however long the host takes; but once `closing` is true, only as long as
+/// it takes some within [`READER_LIMIT`].
+async fn deliver(
+    connection: &mut UnixStream,
+    mut bytes: &[u8],
+    closing: &mut watch::Receiver<bool>,
+) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let written = tokio::select! {
+            biased;
+            written = connection.write(bytes) => written?,
+            () = closed(closing) => {
+                tokio::time::timeout(READER_LIMIT, connection.write(bytes)).await??
+            }
+        };
+        if written == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        bytes = bytes.get(written..).unwrap_or_default();
+    }
+    Ok(())
+}
+
+/// Returns once `closing` is true. A relay that is dropped aborts those who wait for this.
+async fn closed(closing: &mut watch::Receiver<bool>) {
+    if closing.wait_for(|closing| *closing).await.is_err() {
+        std::future::pending::<()>().await;
     }
 }
 

@@ -21,6 +21,8 @@ mod namespaces;
 mod process;
 #[path = "runner/seccomp.rs"]
 mod seccomp;
+#[path = "runner/streams.rs"]
+mod streams;
 
 use std::time::Duration;
 

@@ -153,7 +153,11 @@ impl Runner {
             let Some(ended) = runner.mark_ended(&id, &exec, &cgroup.cgroup) else { return };
             let Ended { relay, outcome, oom_killed } = ended;
             if !relay.drain().await {
-                tracing::warn!(container = id, exec, "output cut: a descendant holds it open");
+                tracing::warn!(
+                    container = id,
+                    exec,
+                    "output cut: a descendant holds it open, or nobody reads"
+                );
             }
             // Whoever is to hear of a kill for memory hears of it before the end.
             tokio::task::yield_now().await;
