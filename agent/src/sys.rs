@@ -197,6 +197,23 @@ fn set_mount_attr(fd: BorrowedFd<'_>, recursive: bool, args: libc::mount_attr) -
     if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Makes new files of this process belong to this user and group, without another change of its
+/// identity. The kernel does not say whether it has, so that it is asked.
+pub(crate) fn set_file_owner(uid: u32, gid: u32) -> io::Result<()> {
+    // SAFETY: changes only IDs of this thread, which is the only one.
+    let now = unsafe {
+        libc::setfsgid(gid);
+        libc::setfsuid(uid);
+        // No ID is -1, so that this changes nothing and tells what is.
+        (libc::setfsuid(u32::MAX), libc::setfsgid(u32::MAX))
+    };
+    if now == (uid.cast_signed(), gid.cast_signed()) {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+}
+
 /// Moves this process into new namespaces (CLONE_NEW*).
 pub(crate) fn unshare(flags: libc::c_int) -> io::Result<()> {
     // SAFETY: callers pass namespace flags only, never CLONE_FILES, and there is one thread.

@@ -23,6 +23,8 @@ mod process;
 mod seccomp;
 #[path = "runner/streams.rs"]
 mod streams;
+#[path = "runner/user_namespaces.rs"]
+mod user_namespaces;
 
 use std::time::Duration;
 

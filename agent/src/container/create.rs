@@ -17,6 +17,7 @@ use super::rootfs::Overlay;
 use super::spawn::{Spawned, take_master};
 use super::spec::{self, NamespaceKind};
 use super::state::Event;
+use super::user_namespace::UserNamespace;
 use super::{Container, ContainerError, MAIN, Remains, Runner, StartFailure, check_name};
 use crate::cgroup::{Cgroup, devices};
 use crate::lock;
@@ -63,9 +64,14 @@ impl Runner {
                 .events
                 .watch(&id, &remains.cgroup)
                 .map_err(step("watch for kills for memory"))?;
-            let spawned = self.clone_main(&plan, &overlay, &remains, child_stdio)?;
+            let user = self.hold_user_namespace(&plan, remains.cgroup.fd()).await?;
+            let spawned = self.clone_main(&plan, &overlay, user.as_ref(), &remains, child_stdio)?;
             self.insert(&id, &plan, &remains, spawned, oom_watch);
-            self.until_ready(&id, streams).await
+            let ready = self.until_ready(&id, streams).await;
+            if let Some(user) = user {
+                user.release().await;
+            }
+            ready
         }
         .await;
         let killed = matches!(result, Err(ContainerError::Died))
@@ -87,6 +93,7 @@ impl Runner {
         &self,
         plan: &ContainerPlan,
         overlay: &Overlay,
+        user: Option<&UserNamespace>,
         remains: &Remains,
         stdio: [std::os::fd::OwnedFd; 3],
     ) -> Result<Spawned, StepError> {
@@ -94,7 +101,7 @@ impl Runner {
         let joined = plan.namespaces.joins(NamespaceKind::Pid);
         let pid_namespace = joined.map(namespaces::open).transpose()?;
         use std::os::fd::AsFd;
-        let job = Job::Container { plan, overlay };
+        let job = Job::Container { plan, overlay, user };
         let namespace = pid_namespace.as_ref().map(AsFd::as_fd);
         self.spawn(&job, stdio, flags, remains.cgroup.fd(), namespace)
     }

@@ -10,6 +10,7 @@ use super::init::Job;
 use super::process::ProcessPlan;
 use super::spawn::{Spawned, take_master};
 use super::state::{self, Event};
+use super::user_namespace::Mappings;
 use super::{
     ContainerError, MAX_ENDED_EXECS, Outcome, Process, Remains, Runner, StartFailure, check_name,
     spec,
@@ -23,6 +24,8 @@ struct Target {
     plan: ProcessPlan,
     /// Namespaces that the new process has to enter.
     kinds: ThreadNameSpaceType,
+    /// Whether it is in a user namespace.
+    user: bool,
     remains: Arc<Remains>,
     pid: u32,
     pidfd: Arc<std::os::fd::OwnedFd>,
@@ -73,6 +76,7 @@ impl Runner {
         Ok(Target {
             plan,
             kinds: container.plan.namespaces.to_enter(),
+            user: container.plan.namespaces.user.is_some(),
             remains: Arc::clone(&container.remains),
             pid: container.main.pid,
             pidfd: Arc::clone(&container.main.pidfd),
@@ -115,7 +119,8 @@ impl Runner {
         stdio: [std::os::fd::OwnedFd; 3],
     ) -> Result<Spawned, ContainerError> {
         let (pidfd, cgroup) = (target.pidfd.as_fd(), &target.remains.cgroup);
-        let job = Job::Exec { plan: &target.plan, pidfd, kinds: target.kinds };
+        let user = target.user.then(|| Mappings::of_process(target.pid)).transpose()?;
+        let job = Job::Exec { plan: &target.plan, pidfd, kinds: target.kinds, user: user.as_ref() };
         // A container that divides its cgroup may have no process in the upper one any more
         // (cgroup v2's "no internal processes"): then go where its first process is, as runc does.
         let divided = cgroup.keyed("cgroup.stat")?.get("nr_descendants") > 0;

@@ -50,7 +50,7 @@ fn fill(pidfd: BorrowedFd<'_>, map: &IdMap) -> io::Result<OwnedFd> {
 }
 
 /// Mappings as the kernel takes them, in one write.
-fn lines(mappings: &[IdMapping]) -> String {
+pub(super) fn lines(mappings: &[IdMapping]) -> String {
     let line = |m: &IdMapping| format!("{} {} {}\n", m.container_id, m.host_id, m.size);
     mappings.iter().map(line).collect()
 }

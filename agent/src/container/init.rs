@@ -29,6 +29,7 @@ use super::process::{ProcessPlan, StepError, c_strings, step};
 use super::report::Report;
 use super::rootfs::{self, Overlay};
 use super::user::Identity;
+use super::user_namespace::{self, Mappings, UserNamespace};
 use crate::sys;
 
 /// The descriptors of a new process.
@@ -43,9 +44,15 @@ pub(crate) struct Pipes {
 /// What the new process is to become.
 pub(crate) enum Job<'a> {
     /// The first process of a container.
-    Container { plan: &'a ContainerPlan, overlay: &'a Overlay },
-    /// One more process, in the namespaces of the process `pidfd`; of these it enters `kinds` itself.
-    Exec { plan: &'a ProcessPlan, pidfd: BorrowedFd<'a>, kinds: ThreadNameSpaceType },
+    Container { plan: &'a ContainerPlan, overlay: &'a Overlay, user: Option<&'a UserNamespace> },
+    /// One more process, in the namespaces of the process `pidfd`; of these it enters `kinds` itself,
+    /// and the user namespace if there is one.
+    Exec {
+        plan: &'a ProcessPlan,
+        pidfd: BorrowedFd<'a>,
+        kinds: ThreadNameSpaceType,
+        user: Option<&'a Mappings>,
+    },
 }
 
 impl Job<'_> {
@@ -151,8 +158,11 @@ fn wait_for_start(pipes: &Pipes) {
 fn prepare(job: &Job<'_>, pipes: &Pipes) -> Result<(Program, Option<OwnedFd>), Trouble> {
     let mut keep: Vec<i32> = pipes.stdio.iter().map(AsRawFd::as_raw_fd).collect();
     keep.extend([pipes.report.as_raw_fd(), pipes.start.as_raw_fd()]);
-    if let Job::Exec { pidfd, .. } = job {
-        keep.push(pidfd.as_raw_fd());
+    match job {
+        Job::Exec { pidfd, .. } => keep.push(pidfd.as_raw_fd()),
+        Job::Container { user, .. } => {
+            keep.extend(user.iter().flat_map(|user| user.descriptors()));
+        }
     }
     sys::close_all_but(&keep).map_err(step("close the agent's descriptors"))?;
     sys::reset_signals();
@@ -166,14 +176,14 @@ fn prepare(job: &Job<'_>, pipes: &Pipes) -> Result<(Program, Option<OwnedFd>), T
     process.apply_oom_score()?;
     process.apply_scheduling(matches!(job, Job::Exec { .. }))?;
     match job {
-        Job::Container { plan, overlay } => {
-            namespaces::enter_new(plan)?;
-            let root = rootfs::make(plan, overlay)?;
-            sys::close_on_exec_from_3().map_err(step("mark descriptors close-on-exec"))?;
-            plan.hooks.run(Point::CreateContainer)?;
-            rootfs::enter(&root, plan)?;
+        Job::Container { plan, overlay, user } => make_container(plan, overlay, *user, pipes)?,
+        Job::Exec { pidfd, kinds, user, .. } => {
+            namespaces::enter_of(*pidfd, *kinds)?;
+            if let Some(mappings) = user {
+                leave_the_guests_root(process, mappings, pipes)?;
+                user_namespace::enter(*pidfd)?;
+            }
         }
-        Job::Exec { pidfd, kinds, .. } => namespaces::enter_of(*pidfd, *kinds)?,
     }
     let identity = process.identity()?;
     let terminal = match process.terminal {
@@ -198,10 +208,54 @@ fn prepare(job: &Job<'_>, pipes: &Pipes) -> Result<(Program, Option<OwnedFd>), T
     Ok((program, terminal))
 }
 
+/// Makes the container around its first process, and enters it.
+fn make_container(
+    plan: &ContainerPlan,
+    overlay: &Overlay,
+    user: Option<&UserNamespace>,
+    pipes: &Pipes,
+) -> Result<(), StepError> {
+    let root = match user {
+        None => {
+            namespaces::enter_new(plan)?;
+            rootfs::make(plan, overlay)?
+        }
+        Some(user) => {
+            user.enter_others(plan)?;
+            namespaces::enter_new(plan)?;
+            let root = rootfs::make(&user.translate(plan)?, &user.map_layers(overlay)?)?;
+            leave_the_guests_root(&plan.process, &user.mappings, pipes)?;
+            user.enter()?;
+            root
+        }
+    };
+    sys::close_on_exec_from_3().map_err(step("mark descriptors close-on-exec"))?;
+    plan.hooks.run(Point::CreateContainer)?;
+    rootfs::enter(&root, plan)
+}
+
+/// What the root of a user namespace can no longer do.
+fn leave_the_guests_root(
+    process: &ProcessPlan,
+    mappings: &Mappings,
+    pipes: &Pipes,
+) -> Result<(), StepError> {
+    for fd in &pipes.stdio {
+        if is_pipe(fd).map_err(step("look at a stream"))? {
+            mappings.give(fd).map_err(step("give a stream to the container's root"))?;
+        }
+    }
+    process.apply_rlimits()
+}
+
+fn is_pipe(fd: &OwnedFd) -> rustix::io::Result<bool> {
+    Ok(FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) == FileType::Fifo)
+}
+
 /// Makes a pipe the user's, so that the program can open it again by /dev/stdout and the like.
 /// /dev/null stays everybody's.
 fn give_pipe(fd: &OwnedFd, identity: &Identity) -> rustix::io::Result<()> {
-    if FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) != FileType::Fifo {
+    if !is_pipe(fd)? {
         return Ok(());
     }
     let (uid, gid) =

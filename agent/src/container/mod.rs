@@ -31,6 +31,7 @@ pub(crate) mod spec;
 mod state;
 mod stats;
 mod user;
+mod user_namespace;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use super::plan::ContainerPlan;
 use super::process::{StepError, step};
 use super::spec::{Linux, NamespaceKind, SpecError};
+use super::user_namespace::UserPlan;
 use crate::sys;
 
 /// `linux.timeOffsets`
@@ -34,6 +35,8 @@ struct TimeOffset {
 pub(crate) struct Namespaces {
     pub(crate) new: u64,
     pub(crate) joined: Vec<(NamespaceKind, String)>,
+    /// Neither in `new` nor in `joined`, because all others depend on it.
+    pub(crate) user: Option<UserPlan>,
     /// What is to be written to timens_offsets.
     time_offsets: String,
 }
@@ -49,6 +52,7 @@ impl NamespaceKind {
             Self::Uts => libc::CLONE_NEWUTS,
             Self::Cgroup => libc::CLONE_NEWCGROUP,
             Self::Time => libc::CLONE_NEWTIME,
+            Self::User => libc::CLONE_NEWUSER,
         };
         u64::from(flag.unsigned_abs())
     }
@@ -62,9 +66,19 @@ impl NamespaceKind {
             Self::Uts => ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME,
             Self::Cgroup => ThreadNameSpaceType::CONTROL_GROUP,
             Self::Time => ThreadNameSpaceType::TIME,
+            Self::User => ThreadNameSpaceType::USER,
         }
     }
 }
+
+/// The kinds that a process enters like any other: not those of users, process IDs and time.
+const OTHERS: [NamespaceKind; 5] = [
+    NamespaceKind::Mount,
+    NamespaceKind::Cgroup,
+    NamespaceKind::Ipc,
+    NamespaceKind::Uts,
+    NamespaceKind::Network,
+];
 
 /// Opens the file of a namespace that is to be joined.
 pub(crate) fn open(path: &str) -> Result<OwnedFd, StepError> {
@@ -90,7 +104,9 @@ impl Namespaces {
                 return Err(SpecError::invalid(field, name, "must appear once"));
             }
             seen |= flag;
+            let user = namespace.kind == NamespaceKind::User;
             match namespace.path.as_deref().filter(|p| !p.is_empty()) {
+                None if user => all.user = Some(UserPlan::of_mappings(linux)?),
                 None => all.new |= flag,
                 Some(_) if namespace.kind == NamespaceKind::Mount => {
                     let reason =
@@ -100,12 +116,24 @@ impl Namespaces {
                 Some(path) if !path.starts_with('/') || path.contains('\0') => {
                     return Err(SpecError::invalid(field + ".path", path, "must be absolute"));
                 }
+                Some(path) if user => all.user = Some(UserPlan::Joined(path.to_owned())),
                 Some(path) => all.joined.push((namespace.kind, path.to_owned())),
             }
         }
         if !all.makes(NamespaceKind::Mount) {
             let reason = "must hold a new mount namespace";
             return Err(SpecError::invalid("linux.namespaces", "[]", reason));
+        }
+        if !matches!(all.user, Some(UserPlan::New { .. })) {
+            for (name, mappings) in
+                [("uidMappings", &linux.uid_mappings), ("gidMappings", &linux.gid_mappings)]
+            {
+                if !mappings.is_empty() {
+                    let count = format!("{} mappings", mappings.len());
+                    let reason = "needs a new user namespace";
+                    return Err(SpecError::invalid(format!("linux.{name}"), count, reason));
+                }
+            }
         }
         all.time_offsets = time_offsets(&linux.time_offsets)?;
         if !all.time_offsets.is_empty() && !all.makes(NamespaceKind::Time) {
@@ -125,26 +153,35 @@ impl Namespaces {
         self.joined.iter().find(|(k, _)| *k == kind).map(|(_, path)| path.as_str())
     }
 
-    /// Those that the clone of its first process makes.
+    /// Those that the clone of its first process makes. With a user namespace that is the one of
+    /// process IDs only: the others are made by who holds the user namespace, so as to belong to it.
     pub(crate) fn by_clone(&self) -> u64 {
+        if self.user.is_some() {
+            return self.new & NamespaceKind::Pid.flag();
+        }
         // The root of a cgroup namespace would be the agent's cgroup, and a time namespace takes
         // no offsets once there is a process in it: both are made by the process itself.
         self.new & !NamespaceKind::Cgroup.flag() & !NamespaceKind::Time.flag()
     }
 
+    /// Those that the holder of its user namespace makes.
+    pub(crate) fn by_holder(&self) -> u64 {
+        self.new & !NamespaceKind::Pid.flag() & !NamespaceKind::Time.flag()
+    }
+
+    /// The kinds of [`Self::by_holder`].
+    pub(crate) fn of_holder(&self) -> ThreadNameSpaceType {
+        let made = |kind: &NamespaceKind| self.by_holder() & kind.flag() != 0;
+        OTHERS.into_iter().filter(made).fold(ThreadNameSpaceType::empty(), |all, k| all | k.set())
+    }
+
     /// Those that a further process has to enter by itself; of process IDs by its clone.
     pub(crate) fn to_enter(&self) -> ThreadNameSpaceType {
         let time = self.makes(NamespaceKind::Time) || self.joins(NamespaceKind::Time).is_some();
-        [
-            NamespaceKind::Mount,
-            NamespaceKind::Cgroup,
-            NamespaceKind::Ipc,
-            NamespaceKind::Uts,
-            NamespaceKind::Network,
-        ]
-        .into_iter()
-        .chain(time.then_some(NamespaceKind::Time))
-        .fold(ThreadNameSpaceType::empty(), |all, kind| all | kind.set())
+        OTHERS
+            .into_iter()
+            .chain(time.then_some(NamespaceKind::Time))
+            .fold(ThreadNameSpaceType::empty(), |all, kind| all | kind.set())
     }
 }
 
@@ -163,7 +200,7 @@ fn time_offsets(given: &TimeOffsets) -> Result<String, SpecError> {
     Ok(text)
 }
 
-/// Enters the namespaces of a new container that the clone did not make, and prepares all. To be
+/// Enters the namespaces of a new container that nobody has made, and prepares all. To be
 /// called while the process still sees the agent's /proc.
 ///
 /// # Errors
@@ -177,7 +214,7 @@ pub(crate) fn enter_new(plan: &ContainerPlan) -> Result<(), StepError> {
                 .map_err(step(format!("linux.namespaces: join {path}")))?;
         }
     }
-    if namespaces.makes(NamespaceKind::Cgroup) {
+    if namespaces.makes(NamespaceKind::Cgroup) && namespaces.user.is_none() {
         sys::unshare(libc::CLONE_NEWCGROUP).map_err(step("new cgroup namespace"))?;
     }
     if namespaces.makes(NamespaceKind::Time) {

@@ -58,7 +58,9 @@ impl Gate {
 }
 
 /// Reads one report; None at the end of the pipe.
-async fn read_report(pipe: &mut pipe::Receiver) -> Result<Option<Report>, ContainerError> {
+pub(super) async fn read_report(
+    pipe: &mut pipe::Receiver,
+) -> Result<Option<Report>, ContainerError> {
     use tokio::io::AsyncReadExt;
     let mut buffer = vec![0_u8; report::MAX_BYTES];
     let count = pipe.read(&mut buffer).await.map_err(step("read the new process's report"))?;

@@ -168,6 +168,8 @@ pub(crate) struct IdMapping {
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Linux {
     pub(crate) namespaces: Vec<Namespace>,
+    pub(crate) uid_mappings: Vec<IdMapping>,
+    pub(crate) gid_mappings: Vec<IdMapping>,
     pub(crate) devices: Vec<Device>,
     pub(crate) cgroups_path: Option<String>,
     pub(crate) resources: Resources,
@@ -189,7 +191,7 @@ pub(crate) struct Namespace {
     pub(crate) path: Option<String>,
 }
 
-/// The namespaces that the runner can make or join; `user` is not among them yet.
+/// The namespaces that the runner can make or join.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum NamespaceKind {
@@ -200,6 +202,7 @@ pub(crate) enum NamespaceKind {
     Uts,
     Cgroup,
     Time,
+    User,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -529,7 +532,7 @@ mod tests {
     fn a_value_of_the_wrong_type_is_named_by_its_path() {
         let message = error(&with("/process", "user", json!({"uid": "root", "gid": 0})));
         assert!(message.starts_with("`process.user.uid`: invalid type: string"), "{message}");
-        let message = error(&with("/linux", "namespaces", json!([{"type": "user"}])));
+        let message = error(&with("/linux", "namespaces", json!([{"type": "disk"}])));
         assert!(message.starts_with("`linux.namespaces[0].type`: unknown variant"), "{message}");
     }
 

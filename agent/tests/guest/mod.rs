@@ -245,6 +245,11 @@ impl Guest {
         self.root().join("run/husk/volumes/v")
     }
 
+    /// Where the writable layer of a container is, as seen from outside.
+    pub(crate) fn layer(&self, id: &str) -> PathBuf {
+        self.root().join("run/husk/fs/scratch/containers").join(id)
+    }
+
     pub(crate) fn client(&self) -> Client {
         self.client.clone().unwrap()
     }
