@@ -481,6 +481,17 @@ impl Guest {
     /// Directories in these places, processes in the cgroup, and mounts and descriptors of the
     /// agent.
     pub(crate) fn count_left(&self) -> [usize; 4] {
+        // The agent lets go of some things only after it has answered.
+        loop {
+            let before = self.count_once();
+            std::thread::sleep(Duration::from_millis(50));
+            if self.count_once() == before {
+                return before;
+            }
+        }
+    }
+
+    fn count_once(&self) -> [usize; 4] {
         let entries = |path: &Path| {
             fs::read_dir(path).map_or(0, |d| {
                 d.filter(|e| e.as_ref().unwrap().file_type().unwrap().is_dir()).count()

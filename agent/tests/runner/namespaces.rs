@@ -58,6 +58,18 @@ async fn namespaces_are_new_or_those_of_a_path_and_an_exec_is_in_them() {
 }
 
 #[tokio::test]
+async fn a_uts_namespace_has_names_of_its_own() {
+    let guest = Guest::boot().await;
+    let show = "hostname; cat /proc/sys/kernel/domainname";
+    let mut spec = with_namespaces(&["sh", "-c", show], &[json!({"type": "uts"})]);
+    spec["hostname"] = json!("own");
+    spec["domainname"] = json!("example.org");
+    assert_eq!(guest.run_with("a", spec, Options::default()).await.stdout, "own\nexample.org\n");
+    let pods = guest.run("b", &["sh", "-c", show]).await.stdout;
+    assert!(pods.starts_with("pod\n") && !pods.contains("example.org"), "{pods}");
+}
+
+#[tokio::test]
 async fn a_shared_process_namespace_shows_all_and_outlives_those_that_join_it() {
     let guest = Guest::boot().await;
     let new = [json!({"type": "pid"}), json!({"type": "cgroup"})];
@@ -117,10 +129,10 @@ async fn namespaces_that_cannot_be_had_are_errors_and_leave_nothing() {
         (json!({"type": "uts", "path": "/proc/self/ns/ipc"}), "/proc/self/ns/ipc", Code::Internal),
     ] {
         let spec = with_namespaces(&["true"], &[namespace]);
-        let error = guest.try_create("a", spec, Options::default()).await.unwrap_err();
+        let error = guest.try_create("refused", spec, Options::default()).await.unwrap_err();
         assert_eq!(error.code(), code, "{error}");
         assert!(error.message().contains(words), "{error}");
-        assert!(guest.nothing_left("a"));
+        assert!(guest.nothing_left("refused"));
     }
     // The agent is still where it was.
     assert_eq!(guest.run("b", &["sh", "-c", "echo $$"]).await.stdout, "1\n");

@@ -205,9 +205,9 @@ async fn a_profile_that_cannot_be_honoured_is_refused_and_leaves_nothing() {
         (json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": many}), "4096 instructions"),
     ] {
         let spec = with_profile(&["true"], profile);
-        let error = guest.try_create("a", spec, Options::default()).await.unwrap_err();
+        let error = guest.try_create("refused", spec, Options::default()).await.unwrap_err();
         assert_eq!(error.code(), Code::InvalidArgument);
         assert!(error.message().contains(words), "{error}");
-        assert!(guest.nothing_left("a"));
+        assert!(guest.nothing_left("refused"));
     }
 }
