@@ -102,6 +102,7 @@ async fn every_resource_reaches_its_file() {
                 "mems": "0"},
         "memory": {"limit": 67_108_864, "swap": 67_108_864, "reservation": 0},
         "pids": {"limit": -1},
+        "hugepageLimits": [{"pageSize": "2MB", "limit": 4_194_304}],
         "unified": {"memory.high": "60000000", "cgroup.max.descendants": "3"},
     });
     guest.start("a", spec, Options::default()).await;
@@ -117,10 +118,26 @@ async fn every_resource_reaches_its_file() {
         "memory.max",
         "cgroup.max.descendants",
         "memory.oom.group",
+        "hugetlb.2MB.max",
+        "hugetlb.2MB.rsvd.max",
     ];
     assert_eq!(
         files(&guest, "a", "e", &names).await,
-        ["1", "20000 50000", "10000", "0", "0", "max", "59998208", "0", "67108864", "3", "1"]
+        [
+            "1",
+            "20000 50000",
+            "10000",
+            "0",
+            "0",
+            "max",
+            "59998208",
+            "0",
+            "67108864",
+            "3",
+            "1",
+            "4194304",
+            "4194304"
+        ]
     );
     let mut idle = base_spec(&["cat", "/sys/fs/cgroup/cpu.idle"]);
     idle["linux"]["resources"] = json!({"cpu": {"idle": 1, "shares": 512}});
@@ -154,20 +171,75 @@ async fn resources_that_the_kernel_does_not_take_are_refused_by_name() {
     }
 }
 
-#[tokio::test]
-async fn disks_are_weighed_and_throttled() {
-    let guest = Guest::boot().await;
-    // Any disk: one that the guest (or test host) has anyhow.
-    let disk = std::fs::read_dir("/sys/block")
+/// The numbers of a disk that this machine has.
+fn disk() -> (u32, u32) {
+    let numbers = std::fs::read_dir("/sys/block")
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.join("device").exists())
+        .filter(|path| std::fs::read_to_string(path.join("size")).unwrap().trim() != "0")
         .find_map(|path| std::fs::read_to_string(path.join("dev")).ok())
         .expect("a disk");
-    let disk = disk.trim();
-    let (major, minor) = disk.split_once(':').unwrap();
-    let numbers: [u32; 2] = [major.parse().unwrap(), minor.parse().unwrap()];
-    let device = |rate: u64| json!([{"major": numbers[0], "minor": numbers[1], "rate": rate}]);
+    let (major, minor) = numbers.trim().split_once(':').unwrap();
+    (major.parse().unwrap(), minor.parse().unwrap())
+}
+
+#[tokio::test]
+async fn rules_of_devices_are_the_specifications() {
+    let guest = Guest::boot().await;
+    let (major, minor) = disk();
+    // Opening for writing writes nothing.
+    let script = "head -c 512 /dev/d | wc -c; ls -l /dev/d >&2; (: >> /dev/d) 2>/dev/null && echo w; \
+                  for d in null zero full random urandom tty; do test -c /dev/$d || echo $d; done; \
+                  head -c 4 /dev/zero | wc -c; mknod /tmp/n b 7 99 && echo node";
+    let allow = |kind: &str, numbers: Value, access: &str| {
+        let mut rule = json!({"allow": true, "type": kind, "access": access});
+        rule.as_object_mut().unwrap().extend(numbers.as_object().unwrap().clone());
+        rule
+    };
+    let deny_all = json!({"allow": false, "access": "rwm"});
+    let this = json!({"major": major, "minor": minor});
+    for (number, (rules, read, write)) in [
+        (json!([]), false, false),
+        (json!([deny_all]), false, false),
+        (json!([deny_all, allow("b", json!({"major": major}), "r")]), true, false),
+        (json!([deny_all, allow("b", json!({"major": major, "minor": -1}), "rw")]), true, true),
+        (json!([deny_all, allow("b", json!({"minor": minor}), "r")]), true, false),
+        (json!([deny_all, allow("c", this.clone(), "rwm")]), false, false),
+        (json!([allow("b", this.clone(), "rwm"), deny_all]), false, false),
+        (json!([allow("a", json!({}), "rwm")]), true, true),
+        (
+            json!([allow("a", json!({}), "rwm"),
+                   {"allow": false, "type": "b", "major": major, "minor": minor, "access": "w"}]),
+            true,
+            false,
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut spec = base_spec(&["sh", "-c", script]);
+        spec["process"]["capabilities"] = json!({"bounding": ["CAP_MKNOD"],
+            "effective": ["CAP_MKNOD"], "permitted": ["CAP_MKNOD"]});
+        spec["linux"]["devices"] =
+            json!([{"type": "b", "path": "/dev/d", "major": major, "minor": minor}]);
+        spec["linux"]["resources"] = json!({ "devices": rules });
+        let run = guest.run_with(&format!("c{number}"), spec, Options::default()).await;
+        let expected = format!(
+            "{}\n{}4\nnode\n",
+            if read { "512" } else { "0" },
+            if write { "w\n" } else { "" }
+        );
+        assert_eq!(run.stdout, expected, "{rules}: {}", run.stderr);
+    }
+}
+
+#[tokio::test]
+async fn disks_are_weighed_and_throttled() {
+    let guest = Guest::boot().await;
+    let (major, minor) = disk();
+    let disk = format!("{major}:{minor}");
+    let device = |rate: u64| json!([{"major": major, "minor": minor, "rate": rate}]);
     let mut spec = base_spec(&["sleep", "1000"]);
     spec["linux"]["resources"]["blockIO"] = json!({
         "throttleReadBpsDevice": device(1_048_576), "throttleWriteIOPSDevice": device(200),
