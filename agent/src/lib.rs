@@ -22,6 +22,7 @@
 mod boot;
 mod cgroup;
 mod container;
+mod files;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;

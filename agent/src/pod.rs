@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use husk_proto::agent::SetupPodRequest;
+use husk_proto::agent::{SetupPodRequest, volume};
 use husk_proto::guest;
 use rustix::time::{ClockId, Timespec};
 
@@ -20,6 +20,8 @@ pub(crate) struct PodInfo {
     pub(crate) hostname: String,
     /// The file systems, and whether each is read-only.
     pub(crate) filesystems: BTreeMap<String, bool>,
+    /// The volumes of files, and the group that each belongs to.
+    pub(crate) file_volumes: BTreeMap<String, Option<u32>>,
 }
 
 /// A pod that was not set up.
@@ -92,6 +94,11 @@ pub(crate) async fn set_up(host: &Host, request: &SetupPodRequest) -> Result<Pod
     Ok(PodInfo {
         hostname: hostname.clone(),
         filesystems: filesystems.iter().map(|f| (f.name.clone(), f.read_only)).collect(),
+        file_volumes: volumes
+            .iter()
+            .filter(|volume| matches!(volume.source, Some(volume::Source::Files(_))))
+            .map(|volume| (volume.name.clone(), volume.fs_group))
+            .collect(),
     })
 }
 

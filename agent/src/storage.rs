@@ -1,15 +1,17 @@
 //! The pod's file systems and volumes.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use husk_proto::agent::{Filesystem, Volume, volume};
+use husk_proto::agent::{Files, Filesystem, Volume, volume};
 use husk_proto::guest;
 
 use crate::container::rootfs;
+use crate::files::{self, FilesError};
 use crate::host::Host;
 
 /// A file system or volume that was not made.
@@ -27,6 +29,10 @@ pub(crate) enum StorageError {
     Serial(String),
     #[error("volumes.source: {0:?} has none")]
     NoSource(String),
+    #[error("volumes.source")]
+    Files(#[from] FilesError),
+    #[error("no volume of files is named {0:?}")]
+    NoFiles(String),
     #[error("volumes: no file system is named {0:?}")]
     NoFilesystem(String),
     #[error("disk with serial {serial:?} did not appear in {limit:?}")]
@@ -89,9 +95,8 @@ pub(crate) fn check(filesystems: &[Filesystem], volumes: &[Volume]) -> Result<()
             return Err(StorageError::Twice { field: "volumes.name", value: name.clone() });
         }
         match source {
-            None | Some(volume::Source::Files(_)) => {
-                return Err(StorageError::NoSource(name.clone()));
-            }
+            None => return Err(StorageError::NoSource(name.clone())),
+            Some(volume::Source::Files(files)) => files::check(files)?,
             Some(volume::Source::Tmpfs(_)) => {}
             Some(volume::Source::DirectoryOn(on) | volume::Source::Filesystem(on)) => {
                 if !names.contains(on) {
@@ -192,8 +197,13 @@ pub(crate) fn make_volume(volume: &Volume) -> Result<(), StorageError> {
     let target = Path::new(guest::VOLUMES).join(name);
     fs::create_dir_all(&target).map_err(failed("make volume", name))?;
     match &volume.source {
-        None | Some(volume::Source::Files(_)) => {
-            return Err(StorageError::NoSource(name.to_owned()));
+        None => return Err(StorageError::NoSource(name.to_owned())),
+        Some(volume::Source::Files(wanted)) => {
+            // Not a part of the agent's own tmpfs, so that its size has a bound.
+            let mount = new_tmpfs(files::VOLUME_SIZE).map_err(failed("mount volume", name))?;
+            attach(&mount, &target).map_err(failed("mount volume", name))?;
+            files::replace(&target, wanted, volume.fs_group)
+                .map_err(failed("write the files of volume", name))?;
         }
         Some(volume::Source::DirectoryOn(on)) => {
             let directory = mount_point(on).join("volumes").join(name);
@@ -217,6 +227,21 @@ pub(crate) fn make_volume(volume: &Volume) -> Result<(), StorageError> {
     // So that a container may mount in it for the others to see (Bidirectional propagation).
     rootfs::set_propagation(&target.to_string_lossy(), libc::MS_SHARED, false)
         .map_err(failed("share volume", name))
+}
+
+/// Replaces the files of a volume.
+///
+/// # Errors
+/// [`StorageError`].
+pub(crate) fn update_volume(
+    volumes: &BTreeMap<String, Option<u32>>,
+    name: &str,
+    wanted: &Files,
+) -> Result<(), StorageError> {
+    let group = volumes.get(name).ok_or_else(|| StorageError::NoFiles(name.to_owned()))?;
+    files::check(wanted)?;
+    files::replace(&Path::new(guest::VOLUMES).join(name), wanted, *group)
+        .map_err(failed("write the files of volume", name))
 }
 
 /// A tmpfs with a size in bytes; 0 for half of the memory.

@@ -41,6 +41,11 @@ pub mod guest {
     /// Where containers live: `CONTAINERS/<id>/rootfs` is a container's root.
     pub const CONTAINERS: &str = "/run/husk/containers";
 
+    /// A file in a container's directory, `CONTAINERS/<id>/TERMINATION_LOG`: the agent makes it
+    /// empty and writable for everybody, the container's configuration can bind it where the
+    /// container is to leave its last words, and `ReadFile` finds it there after the end, too.
+    pub const TERMINATION_LOG: &str = "termination-log";
+
     /// The pod's shared memory (`/dev/shm` of its containers).
     pub const SHM: &str = "/run/husk/shm";
 

@@ -238,6 +238,10 @@ fn make_directories(remains: &Remains, lower: &[String]) -> Result<Overlay, Step
     for directory in [&upper, &work] {
         fs::create_dir_all(directory).map_err(step(what()))?;
     }
+    // Writable for everybody: the container may bind it, and run as anybody.
+    let last_words = remains.directory.join(guest::TERMINATION_LOG);
+    fs::write(&last_words, "").map_err(step(what()))?;
+    fs::set_permissions(&last_words, fs::Permissions::from_mode(0o666)).map_err(step(what()))?;
     // The upper directory is what the container sees as the owner and mode of its root.
     let lower: Vec<_> = lower.iter().map(|name| storage::mount_point(name)).collect();
     if let Some(top) = lower.last() {

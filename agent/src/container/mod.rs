@@ -22,6 +22,7 @@ mod path;
 mod plan;
 mod process;
 mod processes;
+mod read_file;
 mod report;
 pub(crate) mod rootfs;
 mod scheduling;
@@ -70,6 +71,10 @@ pub(crate) enum ContainerError {
     Ended { container: String, exec: String },
     #[error("process {exec:?} of container {container:?} has no terminal")]
     NoTerminal { container: String, exec: String },
+    #[error("path: {0:?} must be absolute")]
+    Path(String),
+    #[error("container {container:?} has no file {path:?}: {reason}")]
+    NoFile { container: String, path: String, reason: String },
     #[error("container {0:?} exists already")]
     Exists(String),
     #[error("container {container:?} has a process {exec:?} already")]

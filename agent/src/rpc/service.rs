@@ -6,9 +6,10 @@ use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status};
 
 use super::Agent;
-use super::status::container_status;
+use super::status::{container_status, volume_status};
 use crate::container::StartFailure;
 use crate::epoch_ns;
+use crate::storage;
 
 /// Runs a request to its end even if its client goes away: half of a create helps nobody.
 async fn to_the_end<T: Send + 'static>(
@@ -197,16 +198,23 @@ impl Service for Agent {
 
     async fn read_file(
         &self,
-        _: Request<wire::ReadFileRequest>,
+        request: Request<wire::ReadFileRequest>,
     ) -> Result<Response<wire::ReadFileResponse>, Status> {
-        Err(Status::unimplemented("read_file"))
+        let wire::ReadFileRequest { container_id, path, max_bytes } = request.into_inner();
+        let content = self.runner.read_file(&container_id, &path, max_bytes);
+        let content = content.map_err(|e| container_status(&e))?;
+        Ok(Response::new(wire::ReadFileResponse { content }))
     }
 
     async fn update_volume(
         &self,
-        _: Request<wire::UpdateVolumeRequest>,
+        request: Request<wire::UpdateVolumeRequest>,
     ) -> Result<Response<wire::UpdateVolumeResponse>, Status> {
-        Err(Status::unimplemented("update_volume"))
+        let wire::UpdateVolumeRequest { name, files } = request.into_inner();
+        let pod = self.ready_pod().map_err(|e| container_status(&e))?;
+        storage::update_volume(&pod.file_volumes, &name, &files.unwrap_or_default())
+            .map_err(|e| volume_status(&e))?;
+        Ok(Response::new(wire::UpdateVolumeResponse {}))
     }
 
     async fn copy_out(

@@ -8,6 +8,7 @@ use crate::cgroup::{CgroupError, UpdateError};
 use crate::chain;
 use crate::container::ContainerError;
 use crate::pod::PodError;
+use crate::storage::StorageError;
 
 /// The status of a pod that was not set up.
 pub(super) fn pod_status(error: &PodError) -> Status {
@@ -15,12 +16,26 @@ pub(super) fn pod_status(error: &PodError) -> Status {
     Status::new(code, chain(error))
 }
 
+/// The status of a volume that was not updated.
+pub(super) fn volume_status(error: &StorageError) -> Status {
+    let code = match error {
+        StorageError::NoFiles(_) => Code::NotFound,
+        StorageError::Io { .. } | StorageError::NoDisk { .. } => Code::Internal,
+        _ => Code::InvalidArgument,
+    };
+    Status::new(code, chain(error))
+}
+
 /// The status of a request about a container that failed.
 pub(super) fn container_status(error: &ContainerError) -> Status {
     use ContainerError as E;
     let code = match error {
-        E::Name { .. } | E::Rootfs(_) | E::Value { .. } | E::Spec(_) => Code::InvalidArgument,
-        E::NoContainer(_) | E::NoProcess { .. } | E::Ended { .. } => Code::NotFound,
+        E::Name { .. } | E::Rootfs(_) | E::Value { .. } | E::Path(_) | E::Spec(_) => {
+            Code::InvalidArgument
+        }
+        E::NoContainer(_) | E::NoProcess { .. } | E::Ended { .. } | E::NoFile { .. } => {
+            Code::NotFound
+        }
         E::Exists(_) | E::ExecExists { .. } => Code::AlreadyExists,
         E::Busy(_) | E::Refused(..) | E::NoPod | E::NoTerminal { .. } => Code::FailedPrecondition,
         E::Stdio(crate::stdio::StdioError::StderrOfTerminal(_)) => Code::InvalidArgument,

@@ -115,6 +115,16 @@ pub(crate) fn exec_process(args: &[&str]) -> Value {
     json!({"args": args, "cwd": "/", "env": ["PATH=/bin"]})
 }
 
+/// Files of a volume: path, content, mode.
+pub(crate) fn files(list: &[(&str, &str, u32)]) -> wire::Files {
+    let file = |(path, content, mode): &(&str, &str, u32)| wire::VolumeFile {
+        path: (*path).into(),
+        content: content.as_bytes().to_vec(),
+        mode: *mode,
+    };
+    wire::Files { files: list.iter().map(file).collect() }
+}
+
 pub(crate) fn setup_request(fs_group: Option<u32>) -> wire::SetupPodRequest {
     let filesystem = |name: &str, read_only| wire::Filesystem {
         name: name.into(),
@@ -125,12 +135,23 @@ pub(crate) fn setup_request(fs_group: Option<u32>) -> wire::SetupPodRequest {
     wire::SetupPodRequest {
         hostname: "pod".into(),
         filesystems: vec![filesystem("base", true), filesystem("scratch", false)],
-        volumes: vec![wire::Volume {
-            name: "v".into(),
-            source: Some(wire::volume::Source::DirectoryOn("scratch".into())),
-            mode: 0o777,
-            fs_group,
-        }],
+        volumes: vec![
+            wire::Volume {
+                name: "v".into(),
+                source: Some(wire::volume::Source::DirectoryOn("scratch".into())),
+                mode: 0o777,
+                fs_group,
+            },
+            wire::Volume {
+                name: "files".into(),
+                source: Some(wire::volume::Source::Files(files(&[
+                    ("a", "one\n", 0o644),
+                    ("d/b", "two\n", 0o400),
+                ]))),
+                mode: 0o755,
+                fs_group,
+            },
+        ],
         sysctls: [("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned())].into(),
         realtime_ns: 0,
         shm_size: 0,

@@ -132,6 +132,9 @@ mod tests {
             tty: false,
             stdin: false,
             stdin_once: false,
+            probes: Default::default(),
+            lifecycle: Default::default(),
+            termination_message: Default::default(),
         }
     }
 

@@ -24,6 +24,8 @@ pub struct PodSpec {
     pub restart_policy: RestartPolicy,
     /// How long containers may take to end after SIGTERM, in seconds; then they are killed.
     pub termination_grace_s: u64,
+    /// How long the pod may take from its start on, in seconds; then it is ended, and has failed.
+    pub active_deadline_s: Option<u64>,
     /// Started before the containers, in this order: an [`ContainerKind::Init`] must have succeeded
     /// before the next is started, an [`ContainerKind::Sidecar`] must only have been started.
     /// Sidecars are stopped in reverse order, after all containers have ended.
@@ -148,7 +150,8 @@ pub struct ContainerSpec {
     /// Replaces the image's default arguments; empty leaves them, unless there is a command.
     /// `$(VAR)` is not expanded yet.
     pub args: Vec<String>,
-    /// Environment in the order of its definition; a value sees those before it, and of a repeated
+    /// Environment in the order of its definition, what comes of a whole ConfigMap or Secret
+    /// first; a value sees those before it, and of a repeated
     /// name the last value stays. Not resolved yet: that happens at every start ([`crate::oci`]),
     /// when the pod's addresses are known.
     pub env: Vec<EnvVar>,
@@ -168,6 +171,12 @@ pub struct ContainerSpec {
     pub stdin: bool,
     /// Whether its standard input ends when the first one who attached detaches.
     pub stdin_once: bool,
+    /// How it is asked whether it works.
+    pub probes: Probes,
+    /// What is done after its start and before its end.
+    pub lifecycle: Lifecycle,
+    /// Where its last words come from.
+    pub termination_message: TerminationMessage,
 }
 
 /// A container's part in the life of its pod.
@@ -219,10 +228,22 @@ pub struct EnvVar {
 pub enum EnvValue {
     /// This text, in which `$(VAR)` is not expanded yet.
     Literal(String),
+    /// This text as it is: of a ConfigMap or a Secret.
+    Verbatim(Hidden<String>),
     /// A field of the pod.
     Field(FieldRef),
     /// What a container of the pod may use.
     Resource(ResourceFieldRef),
+}
+
+/// A value that is not shown where its owner is debugged: it may be a secret.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Hidden<T>(pub T);
+
+impl<T> std::fmt::Debug for Hidden<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(hidden)")
+    }
 }
 
 /// A field of the pod, as the downward API names it.
@@ -238,6 +259,10 @@ pub enum FieldRef {
     Label(String),
     /// `metadata.annotations['KEY']`; empty if there is none.
     Annotation(String),
+    /// `metadata.labels`: all of them, as lines `KEY="VALUE"`. In volumes only.
+    Labels,
+    /// `metadata.annotations`: of the same form. In volumes only.
+    Annotations,
     /// `spec.nodeName`
     NodeName,
     /// `spec.serviceAccountName`
@@ -329,8 +354,10 @@ pub struct VolumeMount {
     pub volume: String,
     /// Absolute path in the container, without `..`; not `/`.
     pub mount_path: String,
-    /// Whether it may only be read.
+    /// Whether it may only be read. A volume of [`VolumeSource::Files`] always is.
     pub read_only: bool,
+    /// What of the volume is mounted instead of all of it: a relative path without `..`.
+    pub sub_path: Option<String>,
 }
 
 /// A volume of a pod.
@@ -353,6 +380,31 @@ pub enum VolumeSource {
         /// the memory of the VM.
         size_limit: Option<u64>,
     },
+    /// Small files that can only be read: of ConfigMaps, Secrets and the pod's own fields. Paths
+    /// are unique, and none is below another.
+    Files(Vec<FileSpec>),
+}
+
+/// A file of a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileSpec {
+    /// Relative, of components that are not empty and do not begin with `..`.
+    pub path: String,
+    /// Its permissions, at most 0777.
+    pub mode: u32,
+    /// What is in it.
+    pub content: FileContent,
+}
+
+/// What is in a file of a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FileContent {
+    /// These bytes.
+    Bytes(Hidden<Vec<u8>>),
+    /// A field of the pod.
+    Field(FieldRef),
+    /// What a container of the pod may use.
+    Resource(ResourceFieldRef),
 }
 
 /// Where an empty directory is kept.
@@ -404,4 +456,107 @@ pub enum ProcMount {
     Default,
     /// Nothing is.
     Unmasked,
+}
+
+/// How a container is asked whether it works. Times in seconds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Probes {
+    /// Until it has succeeded the others wait; if it fails, the container is killed.
+    pub startup: Option<Probe>,
+    /// If it fails, the container is killed.
+    pub liveness: Option<Probe>,
+    /// While it fails, the container is not ready.
+    pub readiness: Option<Probe>,
+}
+
+/// A question to a container that is asked again and again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// What is asked.
+    pub check: Check,
+    /// From the container's start to the first time.
+    pub initial_delay_s: u32,
+    /// From one time to the next, at least 1.
+    pub period_s: u32,
+    /// Most that an answer may take, at least 1.
+    pub timeout_s: u32,
+    /// How many successes in a row make a success, at least 1.
+    pub success_threshold: u32,
+    /// How many failures in a row make a failure, at least 1.
+    pub failure_threshold: u32,
+    /// How long the container may take to end once it failed; the pod's grace period if `None`.
+    pub termination_grace_s: Option<u64>,
+}
+
+/// What can be asked of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Check {
+    /// A command in the container: success is exit code 0.
+    Exec(Vec<String>),
+    /// An HTTP request: success is a status of 200 to 399.
+    HttpGet(HttpGet),
+    /// A TCP connection: success is that it comes about.
+    TcpSocket(TcpSocket),
+    /// gRPC's health check: success is `SERVING`.
+    Grpc {
+        /// Port.
+        port: u16,
+        /// Of which service; empty for the whole server.
+        service: String,
+    },
+}
+
+/// An HTTP request (`GET`, without TLS).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HttpGet {
+    /// An address or `localhost`; empty for the pod's own address.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// Path and query, beginning with a slash.
+    pub path: String,
+    /// Names and values.
+    pub headers: Vec<(String, String)>,
+}
+
+/// A TCP connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TcpSocket {
+    /// An address or `localhost`; empty for the pod's own address.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+}
+
+/// What is done after a container's start and before its end.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Lifecycle {
+    /// Right after its program was started. If it fails, the container is killed.
+    pub post_start: Option<Hook>,
+    /// Before the container is asked to end, within the grace period.
+    pub pre_stop: Option<Hook>,
+}
+
+/// What is done at a turn in a container's life.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Hook {
+    /// As a probe would; the answer counts.
+    Check(Check),
+    /// Nothing, for so many seconds.
+    Sleep(u64),
+}
+
+/// Where a container's last words come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TerminationMessage {
+    /// A file in the container, absolute, that the container may write them to.
+    pub path: String,
+    /// Whether, if the file is empty and the container failed, the end of its output is taken.
+    pub fall_back_to_logs: bool,
+}
+
+impl Default for TerminationMessage {
+    fn default() -> Self {
+        TerminationMessage { path: "/dev/termination-log".into(), fall_back_to_logs: false }
+    }
 }

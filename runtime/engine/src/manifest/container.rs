@@ -4,19 +4,21 @@ use std::collections::BTreeSet;
 
 use husk_image::{Reference, ReferenceError};
 
+use super::objects::Scope;
 use super::pod::{check, show_cpu, show_memory};
 use super::problem::Problems;
 use super::view::View;
 use super::{env, names, security};
 use crate::types::{
-    Amounts, ContainerKind, ContainerPort, ContainerSpec, EnvValue, Protocol, PullPolicy,
-    Resources, Rootfs, VolumeMount, VolumeSpec,
+    Amounts, ContainerKind, ContainerPort, ContainerSpec, Lifecycle, Probes, Protocol, PullPolicy,
+    Resources, Rootfs, TerminationMessage, VolumeMount, VolumeSpec,
 };
 
 /// What the containers of a pod share.
 pub(super) struct Shared<'a> {
     pub(super) volumes: &'a [VolumeSpec],
     pub(super) security: &'a security::PodSecurity,
+    pub(super) scope: Scope<'a>,
 }
 
 /// Reads a container, of `spec.initContainers` if `is_init`. What is wrong is noted, and something
@@ -40,6 +42,7 @@ pub(super) fn read(
     let working_dir_view = view.get("workingDir");
     let working_dir = working_dir_view.text(problems).filter(|text| !text.is_empty());
     check(&working_dir_view, working_dir.unwrap_or_default(), names::absolute_path, problems);
+    let ports = read_ports(&view.get("ports"), problems);
     let mut flag = |name| view.get(name).boolean(problems).unwrap_or_default();
     let (tty, stdin, stdin_once) = (flag("tty"), flag("stdin"), flag("stdinOnce"));
     ContainerSpec {
@@ -48,15 +51,18 @@ pub(super) fn read(
         rootfs: read_rootfs(view, problems),
         command: read_arguments(&view.get("command"), problems),
         args: read_arguments(&view.get("args"), problems),
-        env: env::read_all(&view.get("env"), name, problems),
+        env: env::read_all(view, name, shared.scope, problems),
         working_dir: working_dir.map(str::to_owned),
-        ports: read_ports(&view.get("ports"), problems),
+        ports,
         resources: read_resources(&view.get("resources"), problems),
         volume_mounts: read_mounts(&view.get("volumeMounts"), shared.volumes, problems),
         security: security::read(&view.get("securityContext"), shared.security, problems),
         tty,
         stdin,
         stdin_once,
+        probes: Probes::default(),
+        lifecycle: Lifecycle::default(),
+        termination_message: TerminationMessage::default(),
     }
 }
 
@@ -67,20 +73,25 @@ pub(super) fn check_references(
     main_views: &[View<'_>],
     problems: &mut Problems,
 ) {
-    for (container, view) in containers.iter().zip(init_views.iter().chain(main_views)) {
-        let mut unnoted = problems.fork();
-        let env_views = view.get("env").objects(&mut unnoted);
-        for (variable, view) in container.env.iter().zip(&env_views) {
-            if let EnvValue::Resource(reference) = &variable.value
-                && !containers.iter().any(|other| other.name == reference.container)
-            {
-                view.get("valueFrom").get("resourceFieldRef").get("containerName").invalid(
-                    &reference.container,
-                    "there is no such container in this pod",
-                    problems,
-                );
-            }
+    for view in init_views.iter().chain(main_views) {
+        for variable in view.get("env").objects(&mut problems.fork()) {
+            let name = variable.get("valueFrom").get("resourceFieldRef").get("containerName");
+            check_container(&name, containers, problems);
         }
+    }
+}
+
+/// Notes if there is a name in this field, and no container of it.
+pub(super) fn check_container(
+    name: &View<'_>,
+    containers: &[ContainerSpec],
+    problems: &mut Problems,
+) {
+    // A name that is no text has been noted when it was read.
+    if let Some(text) = name.text(&mut problems.fork()).filter(|text| !text.is_empty())
+        && !containers.iter().any(|container| container.name == text)
+    {
+        name.invalid(text, "there is no such container in this pod", problems);
     }
 }
 
@@ -205,7 +216,17 @@ fn read_mounts(
             path.invalid(text, reason, problems);
         }
         let read_only = view.get("readOnly").boolean(problems).unwrap_or_default();
-        mounts.push(VolumeMount { volume: volume.into(), mount_path: clean, read_only });
+        let sub_path = view.get("subPath");
+        let part = sub_path.text(problems).filter(|text| !text.is_empty());
+        check(&sub_path, part.unwrap_or_default(), names::sub_path, problems);
+        mounts.push(VolumeMount {
+            volume: volume.into(),
+            mount_path: clean,
+            read_only,
+            sub_path: part
+                .map(|part| names::clean_path(part).trim_start_matches('/').to_owned())
+                .filter(|part| !part.is_empty()),
+        });
     }
     mounts
 }

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use super::fields::POD;
+use super::fields::{CONFIG_MAP, POD, SECRET};
 use super::schema::{Field, Shape, Support, or_list};
 
 const BEGIN: &str = "<!-- fields: made by runtime/engine/src/manifest/docs.rs; do not edit -->\n";
@@ -20,6 +20,10 @@ struct Reference {
 
 impl Reference {
     fn add(&mut self, fields: &[Field], prefix: &str) {
+        // That of ConfigMaps and Secrets is that of Pods, and most of it has no effect there.
+        if matches!(prefix, "ConfigMap.metadata" | "Secret.metadata") {
+            return;
+        }
         let mut refused = Vec::new();
         // The fields of init containers are those of containers, with one exception.
         let is_init = prefix == "spec.initContainers[]";
@@ -64,6 +68,8 @@ fn row(table: &mut String, path: &str, text: &str) {
 fn reference() -> String {
     let mut reference = Reference::default();
     reference.add(POD, "");
+    reference.add(CONFIG_MAP, "ConfigMap");
+    reference.add(SECRET, "Secret");
     let Reference { honoured, fixed, no_effect, not_yet } = reference;
     format!(
         "{BEGIN}\n\

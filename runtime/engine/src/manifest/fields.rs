@@ -12,6 +12,27 @@ pub(super) const POD: &[Field] = &[
     no_effect("status", "what an API server once recorded says nothing about this run"),
 ];
 
+/// The fields of a ConfigMap.
+pub(super) const CONFIG_MAP: &[Field] = &[
+    yes("apiVersion", "`v1`"),
+    yes("kind", "`ConfigMap`"),
+    object("metadata", METADATA, "`name` and `namespace` tell which Pods can refer to it"),
+    yes("data", "texts by their keys; with `binaryData`, at most 1 MiB together"),
+    yes("binaryData", "base64; seen by volumes only"),
+    no_effect("immutable", "nothing changes while a pod runs"),
+];
+
+/// The fields of a Secret.
+pub(super) const SECRET: &[Field] = &[
+    yes("apiVersion", "`v1`"),
+    yes("kind", "`Secret`"),
+    object("metadata", METADATA, "`name` and `namespace` tell which Pods can refer to it"),
+    yes("data", "base64; with `stringData`, at most 1 MiB together"),
+    yes("stringData", "texts; win over `data`"),
+    no_effect("type", "the values are not interpreted"),
+    no_effect("immutable", "nothing changes while a pod runs"),
+];
+
 const RECORDED: &str = "recorded by an API server";
 
 const METADATA: &[Field] = &[
@@ -43,6 +64,7 @@ const SPEC: &[Field] = &[
     list("volumes", VOLUME, ""),
     yes("restartPolicy", "`Always` (default), `OnFailure`, `Never`"),
     yes("terminationGracePeriodSeconds", "default 30"),
+    not_yet("activeDeadlineSeconds"),
     yes("hostname", "a DNS label; default: `metadata.name`, cut to 63 bytes"),
     object("securityContext", POD_SECURITY, ""),
     yes("serviceAccountName", "seen through `fieldRef`; there is no token. Default `default`"),
@@ -63,7 +85,6 @@ const SPEC: &[Field] = &[
     no_effect("tolerations", "a host has no taints"),
     no_effect("imagePullSecrets", "registries are asked with the user's own credentials"),
     object("os", &[only("name", &[Text("linux")], "the guest runs Linux")], ""),
-    not_yet("activeDeadlineSeconds"),
     not_yet("affinity"),
     not_yet("dnsConfig"),
     not_yet("ephemeralContainers"),
@@ -150,6 +171,7 @@ macro_rules! container_fields {
             yes("command", "replaces the image's entrypoint and arguments; `$(VAR)` is expanded"),
             yes("args", "replaces the image's arguments; `$(VAR)` is expanded"),
             list("env", ENV, "in this order; of a repeated name, the last wins"),
+            list("envFrom", ENV_FROM, "before `env`, whose variables win"),
             yes("workingDir", "an absolute path; default: the image's"),
             list("ports", PORT, "information only: every port is open within the pod"),
             object("resources", RESOURCES, "size the container's cgroup and, together, the VM"),
@@ -165,13 +187,12 @@ macro_rules! container_fields {
                 "messages are not collected yet",
             ),
             only("terminationMessagePolicy", &[Text("File")], "messages are not collected yet"),
-            no_effect("resizePolicy", "nothing is resized"),
-            not_yet("envFrom"),
             not_yet("lifecycle"),
             not_yet("livenessProbe"),
             not_yet("readinessProbe"),
-            not_yet("restartPolicyRules"),
             not_yet("startupProbe"),
+            no_effect("resizePolicy", "nothing is resized"),
+            not_yet("restartPolicyRules"),
             not_yet("volumeDevices"),
         ]
     };
@@ -191,42 +212,46 @@ const ENV: &[Field] = &[
     object(
         "valueFrom",
         &[
-            object(
-                "fieldRef",
-                &[
-                    yes(
-                        "fieldPath",
-                        "`metadata.name`, `metadata.namespace`, `metadata.uid`, \
-                         `metadata.labels['KEY']`, `metadata.annotations['KEY']`, `spec.nodeName`, \
-                         `spec.serviceAccountName`, `status.podIP`, `status.podIPs`, \
-                         `status.hostIP`, `status.hostIPs`",
-                    ),
-                    yes("apiVersion", "`v1`"),
-                ],
-                "",
-            ),
-            object(
-                "resourceFieldRef",
-                &[
-                    yes(
-                        "resource",
-                        "`limits.cpu`, `limits.memory` (if unset: the VM's), `requests.cpu`, \
-                         `requests.memory`",
-                    ),
-                    yes("containerName", "default: this container"),
-                    yes(
-                        "divisor",
-                        "`1`, `1m` for CPU; `1`, `1k` to `1E`, `1Ki` to `1Ei` for memory",
-                    ),
-                ],
-                "",
-            ),
-            not_yet("configMapKeyRef"),
+            object("fieldRef", ENV_FIELD_REF, ""),
+            object("resourceFieldRef", RESOURCE_FIELD_REF, ""),
+            object("configMapKeyRef", KEY_REF, "a value of a ConfigMap in the same file"),
+            object("secretKeyRef", KEY_REF, "a value of a Secret in the same file"),
             not_yet("fileKeyRef"),
-            not_yet("secretKeyRef"),
         ],
         "instead of `value`",
     ),
+];
+
+const ENV_FIELD_REF: &[Field] = &[
+    yes(
+        "fieldPath",
+        "`metadata.name`, `metadata.namespace`, `metadata.uid`, `metadata.labels['KEY']`, \
+         `metadata.annotations['KEY']`, `spec.nodeName`, `spec.serviceAccountName`, \
+         `status.podIP`, `status.podIPs`, `status.hostIP`, `status.hostIPs`",
+    ),
+    yes("apiVersion", "`v1`"),
+];
+
+const RESOURCE_FIELD_REF: &[Field] = &[
+    yes(
+        "resource",
+        "`limits.cpu`, `limits.memory` (if unset: the VM's), `requests.cpu`, `requests.memory`",
+    ),
+    yes("containerName", "default: this container; required in volumes"),
+    yes("divisor", "`1`, `1m` for CPU; `1`, `1k` to `1E`, `1Ki` to `1Ei` for memory"),
+];
+
+const OPTIONAL: &str = "what is missing is left out, and no error";
+
+const KEY_REF: &[Field] =
+    &[yes("name", "required"), yes("key", "required"), yes("optional", OPTIONAL)];
+
+const OBJECT_REF: &[Field] = &[yes("name", "required"), yes("optional", OPTIONAL)];
+
+const ENV_FROM: &[Field] = &[
+    object("configMapRef", OBJECT_REF, "all of its `data`"),
+    object("secretRef", OBJECT_REF, "all of it"),
+    yes("prefix", "before every name"),
 ];
 
 const PORT: &[Field] = &[
@@ -254,11 +279,49 @@ const AMOUNTS: &[Field] = &[
 const MOUNT: &[Field] = &[
     yes("name", "required: a volume of the pod"),
     yes("mountPath", "required: an absolute path, each once"),
-    yes("readOnly", "default false"),
+    yes("readOnly", "default false; volumes of configMap and the like always are"),
+    yes("subPath", "a relative path in the volume, made if it is missing"),
     only("recursiveReadOnly", &[Text("Disabled")], "others are not supported yet"),
     only("mountPropagation", &[Text("None")], "others are not supported yet"),
-    not_yet("subPath"),
     not_yet("subPathExpr"),
+];
+
+const MODE: &str = "default: `defaultMode`";
+const PATH: &str = "required: relative, no part begins with `..`";
+
+const KEY_TO_PATH: &[Field] = &[yes("key", "required"), yes("path", PATH), yes("mode", MODE)];
+
+const DOWNWARD_ITEM: &[Field] = &[
+    yes("path", PATH),
+    yes("mode", MODE),
+    object(
+        "fieldRef",
+        &[
+            yes(
+                "fieldPath",
+                "`metadata.name`, `metadata.namespace`, `metadata.uid`, `metadata.labels`, \
+                 `metadata.annotations`, `metadata.labels['KEY']`, `metadata.annotations['KEY']`",
+            ),
+            yes("apiVersion", "`v1`"),
+        ],
+        "",
+    ),
+    object("resourceFieldRef", RESOURCE_FIELD_REF, ""),
+];
+
+const PROJECTED_OBJECT: &[Field] = &[
+    yes("name", "required"),
+    list("items", KEY_TO_PATH, "default: all keys, as files of their names"),
+    yes("optional", OPTIONAL),
+];
+
+const PROJECTION: &[Field] = &[
+    object("configMap", PROJECTED_OBJECT, ""),
+    object("secret", PROJECTED_OBJECT, ""),
+    object("downwardAPI", &[list("items", DOWNWARD_ITEM, "")], ""),
+    not_yet("serviceAccountToken"),
+    not_yet("clusterTrustBundle"),
+    not_yet("podCertificate"),
 ];
 
 const VOLUME: &[Field] = &[
@@ -275,14 +338,38 @@ const VOLUME: &[Field] = &[
         ],
         "",
     ),
+    object(
+        "configMap",
+        &[
+            yes("name", "required: a ConfigMap in the same file"),
+            list("items", KEY_TO_PATH, "default: all keys, as files of their names"),
+            yes("defaultMode", "default 0644"),
+            yes("optional", OPTIONAL),
+        ],
+        "",
+    ),
+    object(
+        "secret",
+        &[
+            yes("secretName", "required: a Secret in the same file"),
+            list("items", KEY_TO_PATH, "default: all keys, as files of their names"),
+            yes("defaultMode", "default 0644"),
+            yes("optional", OPTIONAL),
+        ],
+        "",
+    ),
+    object(
+        "downwardAPI",
+        &[list("items", DOWNWARD_ITEM, ""), yes("defaultMode", "default 0644")],
+        "",
+    ),
+    object("projected", &[list("sources", PROJECTION, ""), yes("defaultMode", "default 0644")], ""),
     not_yet("awsElasticBlockStore"),
     not_yet("azureDisk"),
     not_yet("azureFile"),
     not_yet("cephfs"),
     not_yet("cinder"),
-    not_yet("configMap"),
     not_yet("csi"),
-    not_yet("downwardAPI"),
     not_yet("ephemeral"),
     not_yet("fc"),
     not_yet("flexVolume"),
@@ -297,11 +384,9 @@ const VOLUME: &[Field] = &[
     not_yet("persistentVolumeClaim"),
     not_yet("photonPersistentDisk"),
     not_yet("portworxVolume"),
-    not_yet("projected"),
     not_yet("quobyte"),
     not_yet("rbd"),
     not_yet("scaleIO"),
-    not_yet("secret"),
     not_yet("storageos"),
     not_yet("vsphereVolume"),
 ];

@@ -16,6 +16,7 @@ mod docs;
 mod env;
 mod fields;
 mod names;
+mod objects;
 mod pod;
 mod problem;
 mod quantity;
@@ -29,13 +30,15 @@ mod volume;
 
 use std::collections::BTreeSet;
 
+use self::objects::{Kind, Objects};
 use crate::types::PodSpec;
 
 pub use problem::{ManifestError, Problem, ProblemKind, Problems};
 pub use quantity::{MAX_FRACTION_DIGITS, Quantity, QuantityError};
 pub use tree::MAX_LEN;
 
-/// Reads all Pods of a manifest, with the defaults that an API server would set.
+/// Reads all Pods of a manifest, with the defaults that an API server would set. ConfigMaps and
+/// Secrets of the same manifest, wherever they stand in it, are what the Pods can refer to.
 ///
 /// `source_name` is how messages call the manifest, usually the path of its file.
 ///
@@ -48,10 +51,22 @@ pub fn parse(text: &str, source_name: &str) -> Result<Vec<PodSpec>, ManifestErro
         return Err(ManifestError::Empty { source_name: source_name.into() });
     }
     let mut problems = Problems::new(source_name);
+    let mut objects = Objects::default();
+    let mut pod_documents = Vec::new();
+    for document in &documents {
+        let kind = view::View::root(document).get("kind").text(&mut problems.fork());
+        match kind.and_then(Kind::of) {
+            Some(kind) => objects.add(document, kind, &mut problems),
+            None => pod_documents.push(document),
+        }
+    }
+    if pod_documents.is_empty() && problems.is_empty() {
+        return Err(ManifestError::Empty { source_name: source_name.into() });
+    }
     let mut pods = Vec::new();
     let mut seen = BTreeSet::new();
-    for document in &documents {
-        let Some(pod) = pod::read(document, &mut problems) else {
+    for document in pod_documents {
+        let Some(pod) = pod::read(document, &objects, &mut problems) else {
             continue;
         };
         let name = (pod.metadata.namespace.clone(), pod.metadata.name.clone());

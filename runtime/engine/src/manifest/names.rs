@@ -71,6 +71,32 @@ pub(super) fn variable(text: &str) -> Result<(), &'static str> {
         .ok_or("must be printable ASCII without '='")
 }
 
+/// The key of a value of a ConfigMap or a Secret, which becomes the name of a file.
+pub(super) fn data_key(text: &str) -> Result<(), &'static str> {
+    let fine = !text.is_empty()
+        && text.len() <= SUBDOMAIN_MAX
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && text != "."
+        && !text.starts_with("..");
+    fine.then_some(())
+        .ok_or("must be at most 253 letters, digits, '-', '_' and '.', and not begin with '..'")
+}
+
+/// A path in a volume: relative, of parts that do not begin with `..`.
+pub(super) fn volume_path(text: &str) -> Result<(), &'static str> {
+    if text.starts_with('/') {
+        Err("must be a relative path")
+    } else if text.split('/').any(|part| part.starts_with("..")) {
+        Err("must not have a part that begins with '..'")
+    } else if text.contains('\0') {
+        Err("must not contain a NUL byte")
+    } else if clean_path(text).is_empty() {
+        Err("must name a file")
+    } else {
+        Ok(())
+    }
+}
+
 /// The name of a port (IANA service name, RFC 6335).
 pub(super) fn port(text: &str) -> Result<(), &'static str> {
     const MAX: usize = 15;
@@ -94,6 +120,15 @@ pub(super) fn absolute_path(text: &str) -> Result<(), &'static str> {
         Err("must not contain a NUL byte")
     } else {
         Ok(())
+    }
+}
+
+/// A path inside a volume: relative, without `..`, without a NUL byte.
+pub(super) fn sub_path(text: &str) -> Result<(), &'static str> {
+    if text.starts_with('/') {
+        Err("must be a relative path")
+    } else {
+        absolute_path(&format!("/{text}"))
     }
 }
 
@@ -133,6 +168,8 @@ mod tests {
             (label_value, &["", "v1.2_3", "A"], &["-", "a ", "a/b", &too_long]),
             (variable, &["A", "a.b-c", "0", "A B"], &["", "A=B", "\u{e4}", "a\n"]),
             (port, &["http", "a-1", "8080a"], &["", "8080", "a--b", "Http", "abcdefghijklmnop"]),
+            (data_key, &["a.b", "A_-", ".a"], &["", ".", "..", "...", "a/b", "a b"]),
+            (volume_path, &["a", "a/b.c", "./a"], &["", "/a", "a/..", "..a", ".", "a\0"]),
             (absolute_path, &["/", "/a/b", "/a/..b"], &["", "a", "./a", "/a/../b", "/..", "/a\0"]),
         ];
         for (rule, good, bad) in cases {

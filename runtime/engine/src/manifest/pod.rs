@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::fields::POD;
+use super::objects::{Objects, Scope};
 use super::problem::Problems;
 use super::tree::Node;
 use super::view::View;
@@ -19,15 +20,20 @@ const DEFAULT_GRACE_S: u64 = 30;
 const MAX_ANNOTATIONS_LEN: usize = 256 * 1024;
 
 /// Reads one document. `None` if anything in it is wrong; then that has been noted.
-pub(super) fn read(document: &Node, problems: &mut Problems) -> Option<PodSpec> {
+pub(super) fn read(document: &Node, objects: &Objects, problems: &mut Problems) -> Option<PodSpec> {
     let mut own = problems.fork();
-    let pod = read_document(&View::root(document), document, &mut own);
+    let pod = read_document(&View::root(document), document, objects, &mut own);
     let fine = own.is_empty();
     problems.append(own);
     pod.filter(|_| fine)
 }
 
-fn read_document(root: &View<'_>, document: &Node, problems: &mut Problems) -> Option<PodSpec> {
+fn read_document(
+    root: &View<'_>,
+    document: &Node,
+    objects: &Objects,
+    problems: &mut Problems,
+) -> Option<PodSpec> {
     if !root.is_object(problems) || !is_pod(root, problems) {
         return None;
     }
@@ -38,9 +44,15 @@ fn read_document(root: &View<'_>, document: &Node, problems: &mut Problems) -> O
     if !spec.is_present() || !spec.is_object(problems) {
         return None;
     }
-    let volumes = volume::read_all(&spec.get("volumes"), problems);
+    let scope = Scope { objects, namespace: &metadata.namespace };
+    let volumes_view = spec.get("volumes");
+    let volumes = volume::read_all(&volumes_view, scope, &metadata, problems);
     let pod_security = security::PodSecurity::read(&spec.get("securityContext"), problems);
-    let shared = container::Shared { volumes: &volumes, security: &pod_security };
+    let grace_s = spec
+        .get("terminationGracePeriodSeconds")
+        .integer(0..=i32::MAX.into(), problems)
+        .unwrap_or(DEFAULT_GRACE_S);
+    let shared = container::Shared { volumes: &volumes, security: &pod_security, scope };
 
     let mut containers = Vec::new();
     let init_views = spec.get("initContainers").objects(problems);
@@ -67,6 +79,7 @@ fn read_document(root: &View<'_>, document: &Node, problems: &mut Problems) -> O
         containers.push(container);
     }
     container::check_references(&containers, &init_views, &main_views, problems);
+    volume::check_references(&volumes_view, &containers, problems);
     let (init_containers, containers): (Vec<_>, Vec<_>) =
         containers.into_iter().partition(|container| container.kind != ContainerKind::Main);
     let vm = if containers.is_empty() {
@@ -89,10 +102,8 @@ fn read_document(root: &View<'_>, document: &Node, problems: &mut Problems) -> O
                 problems,
             )
             .unwrap_or_default(),
-        termination_grace_s: spec
-            .get("terminationGracePeriodSeconds")
-            .integer(0..=i32::MAX.into(), problems)
-            .unwrap_or(DEFAULT_GRACE_S),
+        termination_grace_s: grace_s,
+        active_deadline_s: None,
         init_containers,
         containers,
         volumes,
@@ -107,16 +118,17 @@ fn read_document(root: &View<'_>, document: &Node, problems: &mut Problems) -> O
 
 /// Whether it says that it is a v1 Pod. If not, nothing else in it is worth a message.
 fn is_pod(root: &View<'_>, problems: &mut Problems) -> bool {
-    let mut is = |field, expected: &str| {
+    let mut is = |field, expected: &str, others: &str| {
         let view = root.get(field);
         let text = view.required_text(problems);
+        let reason = format!("must be {expected}{others}: husk runs Pods");
         if let Some(text) = text.filter(|text| *text != expected) {
-            view.invalid(text, format!("must be {expected}: husk runs Pods"), problems);
+            view.invalid(text, reason, problems);
         }
         text == Some(expected)
     };
-    let kind = is("kind", "Pod");
-    is("apiVersion", "v1") && kind
+    let kind = is("kind", "Pod", ", ConfigMap or Secret");
+    is("apiVersion", "v1", "") && kind
 }
 
 fn read_metadata(view: &View<'_>, problems: &mut Problems) -> PodMetadata {
@@ -124,12 +136,7 @@ fn read_metadata(view: &View<'_>, problems: &mut Problems) -> PodMetadata {
     if !fine {
         return PodMetadata::default();
     }
-    let name = view.get("name");
-    let text = name.required_text(problems).unwrap_or_default();
-    check(&name, text, names::subdomain, problems);
-    let namespace = view.get("namespace");
-    let namespace_text = namespace.text(problems).unwrap_or("default");
-    check(&namespace, namespace_text, names::label, problems);
+    let (text, namespace_text) = read_object_name(view, problems);
     let uid = view.get("uid");
     let uid_text = uid.text(problems);
     if let Some(text) = uid_text {
@@ -153,6 +160,17 @@ fn read_metadata(view: &View<'_>, problems: &mut Problems) -> PodMetadata {
         labels,
         annotations,
     }
+}
+
+/// The name and the namespace of an object with this metadata.
+pub(super) fn read_object_name<'n>(view: &View<'n>, problems: &mut Problems) -> (&'n str, &'n str) {
+    let name = view.get("name");
+    let text = name.required_text(problems).unwrap_or_default();
+    check(&name, text, names::subdomain, problems);
+    let namespace = view.get("namespace");
+    let namespace_text = namespace.text(problems).unwrap_or("default");
+    check(&namespace, namespace_text, names::label, problems);
+    (text, namespace_text)
 }
 
 /// A rule of [`names`].

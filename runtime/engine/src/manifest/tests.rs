@@ -40,6 +40,8 @@ fn refused(text: &str, expected: &[&str]) {
     assert_eq!(complaints(text), expected, "{text}");
 }
 
+mod objects;
+
 #[test]
 fn defaults_are_those_of_an_api_server() {
     let pod = one(&container_with(""));
@@ -131,11 +133,17 @@ fn a_full_pod_is_read_completely() {
     assert_eq!(
         main.volume_mounts,
         [
-            VolumeMount { volume: "data".into(), mount_path: "/data".into(), read_only: false },
+            VolumeMount {
+                volume: "data".into(),
+                mount_path: "/data".into(),
+                read_only: false,
+                sub_path: None
+            },
             VolumeMount {
                 volume: "cache".into(),
                 mount_path: "/var/cache".into(),
-                read_only: true
+                read_only: true,
+                sub_path: None,
             },
         ]
     );
@@ -257,7 +265,7 @@ fn what_is_no_pod_is_refused() {
     refused(
         "kind: Deployment\napiVersion: apps/v1\nspec: {x: 1}\n",
         &[
-            "kind: Deployment: must be Pod: husk runs Pods",
+            "kind: Deployment: must be Pod, ConfigMap or Secret: husk runs Pods",
             "apiVersion: apps/v1: must be v1: husk runs Pods",
         ],
     );
@@ -332,7 +340,8 @@ fn mounts_are_checked() {
     let text = container_with(
         "    volumeMounts: [{name: x, mountPath: /a}, {name: v, mountPath: a}, \
          {name: v, mountPath: /b/}, {name: v, mountPath: //b}, {name: v, mountPath: /}, \
-         {name: v, mountPath: /c/../d}, {name: v, mountPath: /e, subPath: s}]\n  \
+         {name: v, mountPath: /c/../d}, {name: v, mountPath: /e, subPath: /s}, \
+         {name: v, mountPath: /f, subPath: a/../..}, {name: v, mountPath: /g, subPathExpr: s}]\n  \
          volumes: [{name: v, emptyDir: {}}]",
     );
     let at = |i: usize, field: &str| format!("spec.containers[0].volumeMounts[{i}].{field}");
@@ -347,7 +356,9 @@ fn mounts_are_checked() {
             ),
             &format!("{}: /: a volume cannot be the root", at(4, "mountPath")),
             &format!("{}: /c/../d: must not contain '..'", at(5, "mountPath")),
-            &format!("{}: not supported yet", at(6, "subPath")),
+            &format!("{}: /s: must be a relative path", at(6, "subPath")),
+            &format!("{}: a/../..: must not contain '..'", at(7, "subPath")),
+            &format!("{}: not supported yet", at(8, "subPathExpr")),
         ],
     );
 }
@@ -435,16 +446,11 @@ fn what_a_microvm_does_not_share_is_refused_with_the_reason() {
 #[test]
 fn unsupported_volumes_and_sources_are_named_once() {
     refused(
-        &container_with(
-            "  volumes: [{name: a, configMap: {name: x}}, {name: b, hostPath: {path: /}}]",
-        ),
-        &[
-            "spec.volumes[0].configMap: not supported yet",
-            "spec.volumes[1].hostPath: not supported yet",
-        ],
+        &container_with("  volumes: [{name: a, nfs: {server: x}}, {name: b, hostPath: {path: /}}]"),
+        &["spec.volumes[0].nfs: not supported yet", "spec.volumes[1].hostPath: not supported yet"],
     );
     let text = container_with(
-        "    env: [{name: A, valueFrom: {secretKeyRef: {name: s, key: k}}}, {name: B, valueFrom: {}}, \
+        "    env: [{name: A, valueFrom: {fileKeyRef: {volumeName: s, key: k}}}, {name: B, valueFrom: {}}, \
          {name: C, value: x, valueFrom: {fieldRef: {fieldPath: spec.x}}}, \
          {name: D, valueFrom: {resourceFieldRef: {resource: limits.cpu, containerName: z, divisor: 1Mi}}}, \
          {name: E, valueFrom: {resourceFieldRef: {resource: limits.cpu, containerName: z}}}, {name: F=}]",
@@ -452,10 +458,14 @@ fn unsupported_volumes_and_sources_are_named_once() {
     let found = complaints(&text);
     let at = |i: usize, rest: &str| format!("spec.containers[0].env[{i}].{rest}");
     for (message, expected) in found.iter().zip([
-        at(0, "valueFrom.secretKeyRef: not supported yet"),
+        at(0, "valueFrom.fileKeyRef: not supported yet"),
         at(1, "valueFrom: B: has no source"),
         at(2, "valueFrom: C: has a value already"),
         at(2, "valueFrom.fieldRef.fieldPath: spec.x: must be one of: metadata.name, "),
+        at(
+            3,
+            "valueFrom.resourceFieldRef.containerName: z: there is no such container in this pod",
+        ),
         at(3, "valueFrom.resourceFieldRef.divisor: 1Mi: must be one of: 1, 1m"),
         at(
             4,
@@ -465,7 +475,7 @@ fn unsupported_volumes_and_sources_are_named_once() {
     ]) {
         assert!(message.starts_with(&expected), "{message}\n{expected}");
     }
-    assert_eq!(found.len(), 7, "{found:?}");
+    assert_eq!(found.len(), 8, "{found:?}");
 }
 
 #[test]

@@ -1,15 +1,14 @@
 //! The environment of a container, as the kubelet and a CRI runtime make it together.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 use oci_spec::image::Config;
 
 use super::StartContext;
 use super::expansion::{TooLong, expand};
-use crate::types::{
-    ContainerSpec, EnvValue, FieldRef, PodSpec, ResourceField, ResourceFieldRef, Resources,
-};
+use crate::downward;
+use crate::types::{ContainerSpec, EnvValue, FieldRef, Hidden, PodSpec};
 
 /// Longest argument or `NAME=VALUE`, in bytes: Linux' `MAX_ARG_STRLEN`, which counts a NUL byte.
 const MAX_STRING: usize = 128 * 1024 - 1;
@@ -126,7 +125,14 @@ pub(super) fn declared(
         let value = match &variable.value {
             EnvValue::Literal(text) => declared.expand(name, text)?,
             EnvValue::Field(field) => field_value(name, field, pod, context)?,
-            EnvValue::Resource(reference) => resource_value(name, reference, pod)?,
+            EnvValue::Verbatim(Hidden(text)) => text.clone(),
+            EnvValue::Resource(reference) => {
+                let container = &reference.container;
+                downward::resource(reference, pod).ok_or_else(|| EnvError::NoSuchContainer {
+                    name: name.clone(),
+                    container: container.clone(),
+                })?
+            }
         };
         if name.len().saturating_add(value.len()) >= MAX_STRING {
             return Err(EnvError::TooLong { name: name.clone() });
@@ -175,7 +181,6 @@ fn field_value(
     pod: &PodSpec,
     context: &StartContext<'_>,
 ) -> Result<String, EnvError> {
-    let of_map = |map: &BTreeMap<String, String>, key: &str| map.get(key).cloned();
     let first = |ips: &[IpAddr], field, owner| match ips.first() {
         Some(ip) => Ok(ip.to_string()),
         None => Err(EnvError::NoAddress { name: name.to_owned(), field, owner }),
@@ -184,41 +189,14 @@ fn field_value(
         first(ips, field, owner)?;
         Ok(ips.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(","))
     };
-    let metadata = &pod.metadata;
     match field {
-        FieldRef::Name => Ok(metadata.name.clone()),
-        FieldRef::Namespace => Ok(metadata.namespace.clone()),
-        FieldRef::Uid => Ok(context.pod_uid.to_owned()),
-        FieldRef::Label(key) => Ok(of_map(&metadata.labels, key).unwrap_or_default()),
-        FieldRef::Annotation(key) => Ok(of_map(&metadata.annotations, key).unwrap_or_default()),
         FieldRef::NodeName => Ok(context.node_name.to_owned()),
         FieldRef::ServiceAccountName => Ok(pod.service_account.clone()),
         FieldRef::HostIp => first(context.host_ips, "status.hostIP", "the host"),
         FieldRef::HostIps => all(context.host_ips, "status.hostIPs", "the host"),
         FieldRef::PodIp => first(context.pod_ips, "status.podIP", "the pod"),
         FieldRef::PodIps => all(context.pod_ips, "status.podIPs", "the pod"),
+        of_metadata => Ok(downward::metadata_field(of_metadata, &pod.metadata, context.pod_uid)
+            .unwrap_or_default()),
     }
-}
-
-/// The amount in units of the divisor, rounded up.
-fn resource_value(
-    name: &str,
-    reference: &ResourceFieldRef,
-    pod: &PodSpec,
-) -> Result<String, EnvError> {
-    let ResourceFieldRef { container, resource, divisor } = reference;
-    let Some(owner) = pod.container(container) else {
-        let container = container.clone();
-        return Err(EnvError::NoSuchContainer { name: name.to_owned(), container });
-    };
-    let Resources { requests, limits } = &owner.resources;
-    let vm_cpu = u64::from(pod.vm.vcpus).saturating_mul(1000);
-    let vm_memory = u64::from(pod.vm.memory_mib).saturating_mul(1024 * 1024);
-    let amount = match resource {
-        ResourceField::LimitsCpu => limits.cpu_millis.unwrap_or(vm_cpu),
-        ResourceField::LimitsMemory => limits.memory.unwrap_or(vm_memory),
-        ResourceField::RequestsCpu => requests.cpu_millis.unwrap_or(0),
-        ResourceField::RequestsMemory => requests.memory.unwrap_or(0),
-    };
-    Ok(amount.div_ceil((*divisor).max(1)).to_string())
 }

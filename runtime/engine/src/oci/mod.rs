@@ -97,7 +97,7 @@ pub fn container_spec(
                 .build()?,
         )
         .process(process(pod, container, &image, context)?)
-        .mounts(mounts::mounts(container)?)
+        .mounts(mounts::mounts(pod, container, context.container_id)?)
         .linux(linux(container)?)
         .build()?;
     // The builder sets a host name, but the pod's is set once for all of its containers.

@@ -6,7 +6,7 @@ use husk_proto::guest;
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Mount, MountBuilder};
 
-use crate::types::ContainerSpec;
+use crate::types::{ContainerSpec, PodSpec, VolumeMount, VolumeSource};
 
 /// Hidden unless `procMount: Unmasked` or privileged.
 pub(super) const MASKED_PATHS: &[&str] = &[
@@ -33,7 +33,11 @@ const POD_FILES: &[&str] = &["hostname", "hosts", "resolv.conf"];
 
 /// All mounts of a container, in the order in which they are made: what lies below another mount
 /// comes after it.
-pub(super) fn mounts(container: &ContainerSpec) -> Result<Vec<Mount>, OciSpecError> {
+pub(super) fn mounts(
+    pod: &PodSpec,
+    container: &ContainerSpec,
+    id: &str,
+) -> Result<Vec<Mount>, OciSpecError> {
     let kernel_access = if container.security.privileged { "rw" } else { "ro" };
     let hidden = ["nosuid", "noexec", "nodev"];
     let mut mounts = vec![
@@ -65,12 +69,21 @@ pub(super) fn mounts(container: &ContainerSpec) -> Result<Vec<Mount>, OciSpecErr
             mounts.push(bind(&destination, &source, &[file_access])?);
         }
     }
-    for mount in &container.volume_mounts {
+    let last_words = format!("{}/{id}/{}", guest::CONTAINERS, guest::TERMINATION_LOG);
+    mounts.push(bind(&container.termination_message.path, &last_words, &["rw"])?);
+    for VolumeMount { volume, mount_path, read_only, sub_path } in &container.volume_mounts {
         // A volume takes the place of what is mounted there by default, e.g. /dev/shm.
-        mounts.retain(|other| other.destination().as_os_str() != mount.mount_path.as_str());
-        let source = format!("{}/{}", guest::VOLUMES, mount.volume);
-        let access = if mount.read_only { "ro" } else { "rw" };
-        mounts.push(bind(&mount.mount_path, &source, &[access])?);
+        mounts.retain(|other| other.destination().as_os_str() != mount_path.as_str());
+        let mut source = format!("{}/{volume}", guest::VOLUMES);
+        if let Some(sub_path) = sub_path {
+            source = format!("{source}/{sub_path}");
+        }
+        let only_files = pod
+            .volumes
+            .iter()
+            .any(|other| other.name == *volume && matches!(other.source, VolumeSource::Files(_)));
+        let access = if *read_only || only_files { "ro" } else { "rw" };
+        mounts.push(bind(mount_path, &source, &[access])?);
     }
     mounts.sort_by_key(|mount| mount.destination().components().count());
     Ok(mounts)

@@ -135,6 +135,9 @@ fn a_plain_container_gets_what_containerd_gives() {
                 file("hostname"),
                 file("hosts"),
                 file("resolv.conf"),
+                {"destination": "/dev/termination-log", "type": "bind",
+                 "source": "/run/husk/containers/main-0/termination-log",
+                 "options": ["rbind", "rprivate", "rw"]},
                 {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
                  "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]},
             ],
@@ -450,12 +453,43 @@ fn volumes_are_bound_where_they_belong_and_parents_come_first() {
         ("/etc", "/run/husk/volumes/b", "rw"),
         ("/etc/hostname", "/run/husk/etc/hostname", "rw"),
         ("/etc/resolv.conf", "/run/husk/etc/resolv.conf", "rw"),
+        ("/dev/termination-log", "/run/husk/containers/main-0/termination-log", "rw"),
         ("/x/y", "/run/husk/volumes/a", "rw"),
         ("/dev/shm", "/run/husk/volumes/a", "rw"),
         ("/etc/hosts", "/run/husk/volumes/a", "rw"),
     ]
     .map(|(destination, source, access)| (destination.into(), source.into(), access.into()));
     assert_eq!(got, expected);
+}
+
+#[test]
+fn a_part_of_a_volume_is_bound_and_volumes_of_files_only_for_reading() {
+    let pod = pod("{volumes: [{name: a, emptyDir: {}}, {name: b, downwardAPI: {items: []}}], \
+         containers: [{name: main, image: i, volumeMounts: [\
+         {name: a, mountPath: /x, subPath: ./p//q/}, {name: b, mountPath: /y, subPath: f}]}]}");
+    let got = spec(&pod, &busybox());
+    let find = |destination: &str| {
+        let all = got["mounts"].as_array().unwrap();
+        all.iter().find(|mount| mount["destination"] == destination).unwrap().clone()
+    };
+    assert_eq!(find("/x")["source"], "/run/husk/volumes/a/p/q");
+    assert_eq!(find("/x")["options"][2], "rw");
+    assert_eq!(find("/y")["source"], "/run/husk/volumes/b/f");
+    assert_eq!(find("/y")["options"][2], "ro");
+}
+
+#[test]
+fn values_of_objects_are_not_expanded_but_can_be_referred_to() {
+    let text = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {A: $(B), B: b}\n---\n\
+         apiVersion: v1\nkind: Pod\nmetadata: {name: web}\nspec: {containers: [{name: main, image: i, \
+         envFrom: [{secretRef: {name: s}}], env: [{name: C, value: <$(A)>}, {name: B, value: mine}]}]}";
+    let pod = manifest::parse(text, "test").unwrap().remove(0);
+    let env = spec(&pod, &busybox())["process"]["env"].take();
+    let env: Vec<&str> = env.as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
+    for expected in ["A=$(B)", "B=mine", "C=<$(B)>"] {
+        assert!(env.contains(&expected), "{expected} in {env:?}");
+    }
+    assert!(!format!("{pod:?}").contains("$(B)"), "a secret is shown");
 }
 
 #[test]

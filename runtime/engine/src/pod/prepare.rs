@@ -169,7 +169,7 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
 
     let layers: BTreeMap<String, Vec<Layer>> =
         images.iter().map(|(name, image)| (name.clone(), image.layers.clone())).collect();
-    let layout = storage::layout(spec, &layers, config.scratch_bytes)?;
+    let layout = storage::layout(spec, &uid, &layers, config.scratch_bytes)?;
     let disks = timeline.during("disks", open_disks(config, layout.clone())).await?;
 
     let agent = Guest::expect(&vm);

@@ -20,8 +20,9 @@ use std::sync::Arc;
 use husk_proto::agent as proto;
 use husk_vmm_api::{MAX_DISKS, MAX_SERIAL_LEN};
 
+use crate::downward;
 use crate::paths::Config;
-use crate::types::{Medium, PodSpec, VolumeSource, VolumeSpec};
+use crate::types::{FileContent, FileSpec, Hidden, Medium, PodSpec, VolumeSource, VolumeSpec};
 use crate::vm::Disk;
 
 /// Size of the scratch disk unless another is configured, in bytes. It is sparse: what is not
@@ -33,6 +34,10 @@ const SCRATCH: &str = "scratch";
 
 /// Mode of the root of an emptyDir, as the kubelet makes it.
 const EMPTY_DIR_MODE: u32 = 0o777;
+
+/// Mode of the root of a volume of files, as the kubelet makes it: nobody makes a file there, but
+/// everybody finds those that are there.
+const FILES_MODE: u32 = 0o755;
 
 /// How many hex digits of a layer's digest are its serial.
 const LAYER_DIGITS: usize = MAX_SERIAL_LEN - 1;
@@ -159,12 +164,14 @@ pub struct Layout {
     roots: BTreeMap<String, proto::Rootfs>,
 }
 
-/// Plans the disks of a pod whose containers have these layers, the lowest first. Pure.
+/// Plans the disks of a pod of this `uid` whose containers have these layers, the lowest first.
+/// Pure.
 ///
 /// # Errors
 /// [`StorageError::TooManyDisks`], [`StorageError::NoLayers`], [`StorageError::BadDigest`].
 pub fn layout(
     spec: &PodSpec,
+    uid: &str,
     layers: &BTreeMap<String, Vec<Layer>>,
     scratch_bytes: u64,
 ) -> Result<Layout, StorageError> {
@@ -184,7 +191,7 @@ pub fn layout(
         plan.roots.insert(container.clone(), root);
     }
     for (index, volume) in spec.volumes.iter().enumerate() {
-        plan.add_volume(index, volume, spec);
+        plan.add_volume(index, volume, spec, uid);
     }
     if plan.disks.len() > MAX_DISKS {
         let needed = plan.disks.len();
@@ -235,10 +242,14 @@ impl Layout {
         Ok(proto::Rootfs { lower, upper_on: SCRATCH.into() })
     }
 
-    fn add_volume(&mut self, index: usize, volume: &VolumeSpec, spec: &PodSpec) {
+    fn add_volume(&mut self, index: usize, volume: &VolumeSpec, spec: &PodSpec, uid: &str) {
         use proto::volume::Source as Made;
         let VolumeSpec { name, source } = volume;
         let made = match *source {
+            VolumeSource::Files(ref files) => {
+                let files = files.iter().map(|file| render(file, spec, uid)).collect();
+                Made::Files(proto::Files { files })
+            }
             VolumeSource::EmptyDir { medium: Medium::Memory, size_limit } => {
                 let memory = u64::from(spec.vm.memory_mib) << 20;
                 Made::Tmpfs(proto::Tmpfs { size: size_limit.unwrap_or(memory).min(memory) })
@@ -252,10 +263,14 @@ impl Layout {
                 Made::Filesystem(disk)
             }
         };
+        let mode = match source {
+            VolumeSource::Files(_) => FILES_MODE,
+            VolumeSource::EmptyDir { .. } => EMPTY_DIR_MODE,
+        };
         self.volumes.push(proto::Volume {
             name: name.clone(),
             source: Some(made),
-            mode: EMPTY_DIR_MODE,
+            mode,
             fs_group: spec.fs_group,
         });
     }
@@ -288,6 +303,21 @@ impl Layout {
         });
         disks.collect()
     }
+}
+
+/// A file with its content.
+fn render(file: &FileSpec, spec: &PodSpec, uid: &str) -> proto::VolumeFile {
+    let content = match &file.content {
+        FileContent::Bytes(Hidden(bytes)) => bytes.clone(),
+        // The door answers for references that exist; another one is an empty file.
+        FileContent::Field(field) => {
+            downward::metadata_field(field, &spec.metadata, uid).unwrap_or_default().into_bytes()
+        }
+        FileContent::Resource(reference) => {
+            downward::resource(reference, spec).unwrap_or_default().into_bytes()
+        }
+    };
+    proto::VolumeFile { path: file.path.clone(), content, mode: file.mode }
 }
 
 #[cfg(test)]

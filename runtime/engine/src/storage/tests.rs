@@ -13,6 +13,7 @@ fn spec(volumes: &[(Medium, Option<u64>)]) -> PodSpec {
         hostname: "h".into(),
         restart_policy: RestartPolicy::Never,
         termination_grace_s: 30,
+        active_deadline_s: None,
         init_containers: Vec::new(),
         containers: Vec::new(),
         volumes: volumes.iter().enumerate().map(volume).collect(),
@@ -51,7 +52,8 @@ fn serials(layout: &Layout) -> Vec<&str> {
 fn layers_are_shared_by_containers_and_kept_in_order() {
     let (one, two) = (distinct(1), distinct(2));
     let both = vec![one.clone(), two];
-    let layout = layout(&spec(&[]), &containers(vec![both.clone(), both, vec![one]]), 1 << 30);
+    let layout =
+        layout(&spec(&[]), "uid", &containers(vec![both.clone(), both, vec![one]]), 1 << 30);
     let layout = layout.unwrap();
     let (first, second) = ("0000000000000000001", "0000000000000000002");
     assert_eq!(serials(&layout), ["scratch", first, second]);
@@ -69,7 +71,7 @@ fn layers_are_shared_by_containers_and_kept_in_order() {
 fn a_layer_that_occurs_twice_in_an_image_counts_where_it_is_uppermost() {
     let (one, two) = (distinct(1), distinct(2));
     let image = vec![one.clone(), two, one];
-    let layout = layout(&spec(&[]), &containers(vec![image]), 1 << 30).unwrap();
+    let layout = layout(&spec(&[]), "uid", &containers(vec![image]), 1 << 30).unwrap();
     let lower = &layout.root("c0").unwrap().lower;
     assert_eq!(lower, &["0000000000000000002", "0000000000000000001"]);
     assert_eq!(layout.disks.len(), 3);
@@ -77,28 +79,31 @@ fn a_layer_that_occurs_twice_in_an_image_counts_where_it_is_uppermost() {
 
 #[test]
 fn layers_that_cannot_be_told_apart_are_refused() {
-    let refused = layout(&spec(&[]), &containers(vec![vec![layer(1), layer(2)]]), 1 << 30);
+    let refused = layout(&spec(&[]), "uid", &containers(vec![vec![layer(1), layer(2)]]), 1 << 30);
     assert!(matches!(refused, Err(StorageError::BadDigest { .. })));
     for digest in
         ["", "sha256", "sha256:12", "sha256:../../../../../../x", "sha256:ABCDEFABCDEFABCDEFABCDEF"]
     {
         let bad = Layer { diff_id: digest.into(), ..layer(1) };
-        let refused = layout(&spec(&[]), &containers(vec![vec![bad]]), 1 << 30);
+        let refused = layout(&spec(&[]), "uid", &containers(vec![vec![bad]]), 1 << 30);
         assert!(matches!(refused, Err(StorageError::BadDigest { .. })), "{digest}");
     }
 }
 
 #[test]
 fn an_image_without_layers_names_its_container() {
-    let refused = layout(&spec(&[]), &containers(vec![Vec::new()]), 1 << 30).unwrap_err();
+    let refused = layout(&spec(&[]), "uid", &containers(vec![Vec::new()]), 1 << 30).unwrap_err();
     assert!(matches!(&refused, StorageError::NoLayers { container } if container == "c0"));
 }
 
 #[test]
 fn as_many_disks_as_a_vm_has_and_no_more() {
     let image = |count: usize| containers(vec![(0..count).map(distinct).collect()]);
-    assert_eq!(layout(&spec(&[]), &image(MAX_DISKS - 1), 1 << 30).unwrap().disks.len(), MAX_DISKS);
-    let refused = layout(&spec(&[]), &image(MAX_DISKS), 1 << 30).unwrap_err();
+    assert_eq!(
+        layout(&spec(&[]), "uid", &image(MAX_DISKS - 1), 1 << 30).unwrap().disks.len(),
+        MAX_DISKS
+    );
+    let refused = layout(&spec(&[]), "uid", &image(MAX_DISKS), 1 << 30).unwrap_err();
     let StorageError::TooManyDisks { needed, layers } = refused else { panic!("{refused}") };
     assert_eq!((needed, layers), (MAX_DISKS + 1, MAX_DISKS));
     assert!(refused.to_string().contains("41 disks (40 image layers, 1 others)"), "{refused}");
@@ -115,7 +120,7 @@ fn volumes_are_directories_memory_or_disks_of_their_own() {
         (Medium::Memory, None),
         (Medium::Memory, Some(64 * gib)),
     ]);
-    let layout = layout(&spec, &BTreeMap::new(), gib).unwrap();
+    let layout = layout(&spec, "uid", &BTreeMap::new(), gib).unwrap();
     assert_eq!(serials(&layout), ["scratch", "vol-1"]);
     let memory = u64::from(spec.vm.memory_mib) << 20;
     let made: Vec<_> = layout.volumes.iter().map(|v| v.source.clone().unwrap()).collect();
@@ -130,4 +135,26 @@ fn volumes_are_directories_memory_or_disks_of_their_own() {
         ]
     );
     assert!(layout.volumes.iter().all(|v| v.mode == 0o777 && v.fs_group == Some(7)));
+}
+
+#[test]
+fn volumes_of_files_carry_their_content() {
+    let mut spec = spec(&[]);
+    spec.metadata.labels.insert("app".into(), "web".into());
+    let file = |path: &str, mode, content| FileSpec { path: path.into(), mode, content };
+    let files = vec![
+        file("a", 0o644, FileContent::Bytes(Hidden(vec![0, 255]))),
+        file("uid", 0o400, FileContent::Field(crate::types::FieldRef::Uid)),
+        file("l/s", 0o600, FileContent::Field(crate::types::FieldRef::Labels)),
+    ];
+    spec.volumes.push(VolumeSpec { name: "f".into(), source: VolumeSource::Files(files) });
+    let layout = layout(&spec, "u-1", &BTreeMap::new(), 1 << 30).unwrap();
+    assert_eq!(serials(&layout), ["scratch"], "they need no disk");
+    let Some(proto::volume::Source::Files(made)) = &layout.volumes[0].source else { panic!() };
+    let made: Vec<_> =
+        made.files.iter().map(|f| (f.path.as_str(), f.content.as_slice(), f.mode)).collect();
+    let expected: [(&str, &[u8], u32); 3] =
+        [("a", &[0, 255], 0o644), ("uid", b"u-1", 0o400), ("l/s", b"app=\"web\"", 0o600)];
+    assert_eq!(made, expected);
+    assert_eq!((layout.volumes[0].mode, layout.volumes[0].fs_group), (0o755, Some(7)));
 }

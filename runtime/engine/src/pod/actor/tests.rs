@@ -140,6 +140,9 @@ fn container(name: usize, kind: ContainerKind) -> ContainerSpec {
         tty: false,
         stdin: false,
         stdin_once: false,
+        probes: Default::default(),
+        lifecycle: Default::default(),
+        termination_message: Default::default(),
     }
 }
 
@@ -151,6 +154,7 @@ fn spec(policy: RestartPolicy, sidecars: usize, mains: usize) -> PodSpec {
         hostname: "h".into(),
         restart_policy: policy,
         termination_grace_s: 30,
+        active_deadline_s: None,
         init_containers: (0..sidecars).map(sidecar).collect(),
         containers: (sidecars..sidecars + mains).map(main).collect(),
         volumes: Vec::new(),

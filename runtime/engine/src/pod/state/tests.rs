@@ -58,6 +58,7 @@ fn a_new_machine_of_a_specification_is_pending() {
         hostname: "h".into(),
         restart_policy: RestartPolicy::Never,
         termination_grace_s: 7,
+        active_deadline_s: None,
         init_containers: Vec::new(),
         containers: Vec::new(),
         volumes: Vec::new(),
