@@ -29,6 +29,7 @@ pub mod fuzzing;
 mod host;
 mod log;
 mod pod;
+mod probe;
 mod reaper;
 mod rpc;
 mod stdio;

@@ -9,6 +9,7 @@ use super::Agent;
 use super::status::{container_status, volume_status};
 use crate::container::StartFailure;
 use crate::epoch_ns;
+use crate::probe;
 use crate::storage;
 
 /// Runs a request to its end even if its client goes away: half of a create helps nobody.
@@ -191,9 +192,12 @@ impl Service for Agent {
 
     async fn probe(
         &self,
-        _: Request<wire::ProbeRequest>,
+        request: Request<wire::ProbeRequest>,
     ) -> Result<Response<wire::ProbeResponse>, Status> {
-        Err(Status::unimplemented("probe"))
+        let answer = probe::put(request.into_inner()).await;
+        let probe::Answer { success, message } =
+            answer.map_err(|e| Status::invalid_argument(e.to_string()))?;
+        Ok(Response::new(wire::ProbeResponse { success, message }))
     }
 
     async fn read_file(

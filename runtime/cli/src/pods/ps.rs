@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 use comfy_table::{Table, presets};
 use husk_engine::holder::record::Found;
-use husk_engine::holder::status::{StateRecord, StatusRecord};
+use husk_engine::holder::status::StatusRecord;
 use serde::Serialize;
 
 use super::{Pods, phase, time};
@@ -17,7 +17,7 @@ use crate::args::Global;
 /// that have ended and were not removed.
 #[derive(Debug, Args)]
 #[command(after_long_help = "Columns:\n  \
-    READY     containers that run, of all that are to run beside each other\n  \
+    READY     containers that are ready, of all that are to run beside each other\n  \
     STATUS    Pending, Running, Succeeded or Failed, with the reason; HolderLost: the process that\n            \
               held the pod was killed\n  \
     RESTARTS  how often its containers were started again\n\n\
@@ -126,8 +126,8 @@ fn table(pods: &[&Found], wide: bool) -> Table {
 
 fn ready(status: &StatusRecord) -> String {
     let beside = status.containers.iter().filter(|container| container.kind != "init");
-    let runs = beside.clone().filter(|c| matches!(c.state, StateRecord::Running { .. }));
-    format!("{}/{}", runs.count(), beside.count())
+    let ready = beside.clone().filter(|container| container.ready);
+    format!("{}/{}", ready.count(), beside.count())
 }
 
 fn restarts(status: &StatusRecord) -> u32 {

@@ -193,7 +193,16 @@ fn rfc3339(time: SystemTime) -> Option<String> {
 
 impl<'a> From<&'a ContainerStatus> for JsonContainer<'a> {
     fn from(status: &'a ContainerStatus) -> Self {
-        let ContainerStatus { name, kind: its_kind, state, last: _, restarts } = status;
+        // A report is of a pod that has ended: nothing in it is ready.
+        let ContainerStatus {
+            name,
+            kind: its_kind,
+            state,
+            last: _,
+            restarts,
+            started: _,
+            ready: _,
+        } = status;
         let mut container = JsonContainer {
             name,
             kind: kind(*its_kind),

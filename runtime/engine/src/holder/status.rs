@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cri_log::timestamp;
 use crate::guest::GuestInfo;
-use crate::pod::{ContainerState, ContainerStatus, PodStatus, Terminated};
+use crate::pod::{ContainerState, ContainerStatus, PodConditions, PodStatus, Terminated};
 use crate::types::ContainerKind;
 
 /// A pod's status.
@@ -27,6 +27,9 @@ pub struct StatusRecord {
     /// Init containers and containers, in the order of their start.
     #[serde(default)]
     pub containers: Vec<ContainerRecord>,
+    /// How far it has come.
+    #[serde(default)]
+    pub conditions: ConditionsRecord,
     /// When this was written (RFC 3339).
     #[serde(default)]
     pub at: String,
@@ -52,6 +55,28 @@ pub struct ContainerRecord {
     /// How often it was started again.
     #[serde(default)]
     pub restarts: u32,
+    /// Whether it runs and its startup probe has succeeded.
+    #[serde(default)]
+    pub started: bool,
+    /// Whether it runs and its readiness probe says that it can serve; of an init container,
+    /// whether it has done its work.
+    #[serde(default)]
+    pub ready: bool,
+}
+
+/// Which of a pod's conditions hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConditionsRecord {
+    /// Its init containers have done their work, and its sidecars have started.
+    #[serde(default)]
+    pub initialized: bool,
+    /// All its containers and sidecars are ready.
+    #[serde(default)]
+    pub containers_ready: bool,
+    /// It can serve.
+    #[serde(default)]
+    pub ready: bool,
 }
 
 /// A container's state.
@@ -110,7 +135,9 @@ impl StatusRecord {
     /// Of a pod now.
     #[must_use]
     pub fn of(status: &PodStatus) -> Self {
+        let PodConditions { initialized, containers_ready, ready } = status.conditions();
         StatusRecord {
+            conditions: ConditionsRecord { initialized, containers_ready, ready },
             phase: status.phase.as_str().to_owned(),
             reason: status.reason.clone(),
             message: status.message.clone(),
@@ -143,7 +170,13 @@ impl StatusRecord {
         self.phase = "Failed".to_owned();
         self.reason = ABANDONED.to_owned();
         self.message = message;
+        self.conditions.containers_ready = false;
+        self.conditions.ready = false;
         for container in &mut self.containers {
+            if container.kind != "init" {
+                container.started = false;
+                container.ready = false;
+            }
             if let StateRecord::Running { started_at } = &container.state {
                 container.state = StateRecord::Terminated(TerminatedRecord {
                     exit_code: 137,
@@ -220,6 +253,8 @@ impl ContainerRecord {
             },
             last: status.last.as_ref().map(TerminatedRecord::of),
             restarts: status.restarts,
+            started: status.started,
+            ready: status.ready,
         }
     }
 }

@@ -8,10 +8,10 @@ use super::objects::Scope;
 use super::pod::{check, show_cpu, show_memory};
 use super::problem::Problems;
 use super::view::View;
-use super::{env, names, security};
+use super::{env, names, probe, security};
 use crate::types::{
-    Amounts, ContainerKind, ContainerPort, ContainerSpec, Lifecycle, Probes, Protocol, PullPolicy,
-    Resources, Rootfs, TerminationMessage, VolumeMount, VolumeSpec,
+    Amounts, ContainerKind, ContainerPort, ContainerSpec, Protocol, PullPolicy, Resources, Rootfs,
+    TerminationMessage, VolumeMount, VolumeSpec,
 };
 
 /// What the containers of a pod share.
@@ -19,6 +19,8 @@ pub(super) struct Shared<'a> {
     pub(super) volumes: &'a [VolumeSpec],
     pub(super) security: &'a security::PodSecurity,
     pub(super) scope: Scope<'a>,
+    /// The pod's grace period in seconds.
+    pub(super) grace_s: u64,
 }
 
 /// Reads a container, of `spec.initContainers` if `is_init`. What is wrong is noted, and something
@@ -43,6 +45,9 @@ pub(super) fn read(
     let working_dir = working_dir_view.text(problems).filter(|text| !text.is_empty());
     check(&working_dir_view, working_dir.unwrap_or_default(), names::absolute_path, problems);
     let ports = read_ports(&view.get("ports"), problems);
+    let probes = probe::read_all(view, kind, &ports, problems);
+    let lifecycle =
+        probe::read_lifecycle(&view.get("lifecycle"), kind, &ports, shared.grace_s, problems);
     let mut flag = |name| view.get(name).boolean(problems).unwrap_or_default();
     let (tty, stdin, stdin_once) = (flag("tty"), flag("stdin"), flag("stdinOnce"));
     ContainerSpec {
@@ -60,10 +65,26 @@ pub(super) fn read(
         tty,
         stdin,
         stdin_once,
-        probes: Probes::default(),
-        lifecycle: Lifecycle::default(),
-        termination_message: TerminationMessage::default(),
+        probes,
+        lifecycle,
+        termination_message: read_termination_message(view, problems),
     }
+}
+
+fn read_termination_message(view: &View<'_>, problems: &mut Problems) -> TerminationMessage {
+    let mut message = TerminationMessage::default();
+    let path = view.get("terminationMessagePath");
+    if let Some(text) = path.text(problems).filter(|text| !text.is_empty()) {
+        check(&path, text, names::absolute_path, problems);
+        if names::clean_path(text).is_empty() {
+            path.invalid(text, "must name a file", problems);
+        }
+        message.path = names::clean_path(text);
+    }
+    let policies = [("File", false), ("FallbackToLogsOnError", true)];
+    message.fall_back_to_logs =
+        view.get("terminationMessagePolicy").one_of(&policies, problems).unwrap_or_default();
+    message
 }
 
 /// Notes references of one container to another that is not there.

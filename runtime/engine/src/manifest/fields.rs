@@ -64,7 +64,7 @@ const SPEC: &[Field] = &[
     list("volumes", VOLUME, ""),
     yes("restartPolicy", "`Always` (default), `OnFailure`, `Never`"),
     yes("terminationGracePeriodSeconds", "default 30"),
-    not_yet("activeDeadlineSeconds"),
+    yes("activeDeadlineSeconds", "from the pod's start; then it is ended: `DeadlineExceeded`"),
     yes("hostname", "a DNS label; default: `metadata.name`, cut to 63 bytes"),
     object("securityContext", POD_SECURITY, ""),
     yes("serviceAccountName", "seen through `fieldRef`; there is no token. Default `default`"),
@@ -181,16 +181,15 @@ macro_rules! container_fields {
             yes("stdinOnce", ""),
             yes("tty", ""),
             $restart_policy,
-            only(
-                "terminationMessagePath",
-                &[Text("/dev/termination-log")],
-                "messages are not collected yet",
+            object("startupProbe", PROBE, "the others wait for its success"),
+            object("livenessProbe", PROBE, "a container that fails it is ended"),
+            object("readinessProbe", PROBE, "tells whether the container is ready"),
+            object("lifecycle", LIFECYCLE, ""),
+            yes("terminationMessagePath", "default `/dev/termination-log`; at most 4096 bytes"),
+            yes(
+                "terminationMessagePolicy",
+                "`File` (default) or `FallbackToLogsOnError`: the last 80 lines, at most 2048 bytes",
             ),
-            only("terminationMessagePolicy", &[Text("File")], "messages are not collected yet"),
-            not_yet("lifecycle"),
-            not_yet("livenessProbe"),
-            not_yet("readinessProbe"),
-            not_yet("startupProbe"),
             no_effect("resizePolicy", "nothing is resized"),
             not_yet("restartPolicyRules"),
             not_yet("volumeDevices"),
@@ -252,6 +251,51 @@ const ENV_FROM: &[Field] = &[
     object("configMapRef", OBJECT_REF, "all of its `data`"),
     object("secretRef", OBJECT_REF, "all of it"),
     yes("prefix", "before every name"),
+];
+
+const PROBE: &[Field] = &[
+    object("exec", EXEC, "success is exit code 0"),
+    object("httpGet", HTTP_GET, "success is a status of 200 to 399"),
+    object("tcpSocket", TCP_SOCKET, "success is a connection"),
+    object(
+        "grpc",
+        &[yes("port", "required"), yes("service", "default: the whole server")],
+        "gRPC health checking, without TLS",
+    ),
+    yes("initialDelaySeconds", "default 0"),
+    yes("periodSeconds", "default 10"),
+    yes("timeoutSeconds", "default 1"),
+    yes("successThreshold", "default 1, and only that unless for readiness"),
+    yes("failureThreshold", "default 3"),
+    yes("terminationGracePeriodSeconds", "default: the pod's; not for readiness"),
+];
+
+const LIFECYCLE: &[Field] = &[
+    object("postStart", HOOK, "if it fails, the container is ended"),
+    object("preStop", HOOK, "within the grace period, before the signal"),
+    not_yet("stopSignal"),
+];
+
+const HOOK: &[Field] = &[
+    object("exec", EXEC, ""),
+    object("httpGet", HTTP_GET, "any status is a success, as in Kubernetes"),
+    object("sleep", &[yes("seconds", "at most the grace period")], ""),
+    not_yet("tcpSocket"),
+];
+
+const EXEC: &[Field] = &[yes("command", "required: words, without a shell")];
+
+const HTTP_GET: &[Field] = &[
+    yes("host", "an address or `localhost`; default: the pod's own"),
+    yes("port", "required: a number, or the name of a port of the container"),
+    yes("path", "with the query; default `/`"),
+    yes("httpHeaders", "`name`, `value`"),
+    only("scheme", &[Text("HTTP")], "the guest's agent has no TLS"),
+];
+
+const TCP_SOCKET: &[Field] = &[
+    yes("host", "an address or `localhost`; default: the pod's own"),
+    yes("port", "required: a number, or the name of a port of the container"),
 ];
 
 const PORT: &[Field] = &[

@@ -18,6 +18,7 @@ mod fields;
 mod names;
 mod objects;
 mod pod;
+mod probe;
 mod problem;
 mod quantity;
 mod schema;

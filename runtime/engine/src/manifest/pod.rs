@@ -52,7 +52,7 @@ fn read_document(
         .get("terminationGracePeriodSeconds")
         .integer(0..=i32::MAX.into(), problems)
         .unwrap_or(DEFAULT_GRACE_S);
-    let shared = container::Shared { volumes: &volumes, security: &pod_security, scope };
+    let shared = container::Shared { volumes: &volumes, security: &pod_security, scope, grace_s };
 
     let mut containers = Vec::new();
     let init_views = spec.get("initContainers").objects(problems);
@@ -103,7 +103,7 @@ fn read_document(
             )
             .unwrap_or_default(),
         termination_grace_s: grace_s,
-        active_deadline_s: None,
+        active_deadline_s: spec.get("activeDeadlineSeconds").integer(1..=i32::MAX.into(), problems),
         init_containers,
         containers,
         volumes,

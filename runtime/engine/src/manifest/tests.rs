@@ -40,6 +40,7 @@ fn refused(text: &str, expected: &[&str]) {
     assert_eq!(complaints(text), expected, "{text}");
 }
 
+mod checks;
 mod objects;
 
 #[test]
@@ -240,12 +241,12 @@ fn malformed_yaml_is_refused_with_its_place() {
 
 #[test]
 fn problems_are_all_reported_with_their_places() {
-    let text = container_with("    imagee: x\n    livenessProbe: {httpGet: {port: 80}}\n");
+    let text = container_with("    imagee: x\n    volumeDevices: [{name: x}]\n");
     let error = parse(&text, "x.yaml").unwrap_err();
     assert_eq!(
         error.to_string(),
         "x.yaml:8:5: spec.containers[0].imagee: unknown field, did you mean image?\n\
-         x.yaml:9:5: spec.containers[0].livenessProbe: not supported yet"
+         x.yaml:9:5: spec.containers[0].volumeDevices: not supported yet"
     );
 }
 

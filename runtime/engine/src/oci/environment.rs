@@ -111,6 +111,23 @@ impl Budget {
     }
 }
 
+/// The command of a probe, in which `$(VAR)` stands for the text that the manifest gives VAR, not
+/// expanded itself, and for nothing if the value comes from elsewhere: the kubelet's
+/// `ExpandContainerCommandOnlyStatic`. A word that would become too long stays as it is.
+pub(crate) fn probe_command(container: &ContainerSpec, command: &[String]) -> Vec<String> {
+    let given: HashMap<&str, &str> = container
+        .env
+        .iter()
+        .map(|variable| match &variable.value {
+            EnvValue::Literal(text) => (variable.name.as_str(), text.as_str()),
+            _ => (variable.name.as_str(), ""),
+        })
+        .collect();
+    let lookup = |name: &str| given.get(name).copied();
+    let word = |word: &String| expand(word, lookup, MAX_STRING).unwrap_or_else(|_| word.clone());
+    command.iter().map(word).collect()
+}
+
 /// Resolves the variables that the pod declares for `container`, one after the other: each sees
 /// those before it, and of a repeated name the last value stays.
 pub(super) fn declared(

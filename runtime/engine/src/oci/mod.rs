@@ -28,6 +28,7 @@ use oci_spec::runtime::{
 use crate::types::{ContainerSpec, PodSpec, ProcMount};
 
 pub use environment::EnvError;
+pub(crate) use environment::probe_command;
 pub use user::UserError;
 
 /// The version of the runtime specification that the configuration follows.

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::state::{Action, Event, Failure, Index, Machine};
+use super::state::{Action, Event, Failure, Index, Machine, ProbeKind, RunId};
 use super::status::{Moment, PodStatus};
 use crate::guest::{GuestError, ProcessExit, StartFailure};
 use crate::vm::VmExit;
@@ -27,6 +27,23 @@ pub(super) enum StopBy {
     Killing,
 }
 
+/// What comes of a probe or a hook.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Answer {
+    Success,
+    /// With the reason.
+    Failure(String),
+    /// It could not be asked, for this reason.
+    Unknown(String),
+}
+
+/// When a hook is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    PostStart,
+    PreStop,
+}
+
 /// What the actor needs of a guest: the real one, or a test's.
 pub(super) trait Runtime: Clone + Send + Sync + 'static {
     /// A container that was started.
@@ -39,7 +56,25 @@ pub(super) trait Runtime: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<Result<Self::Run, StartFailure>, GuestError>> + Send;
 
     /// Waits until a container's program has ended and its output is delivered, and removes it.
-    fn wait(&self, run: Self::Run) -> impl Future<Output = Result<ProcessExit, GuestError>> + Send;
+    /// Also returns its last words.
+    fn wait(
+        &self,
+        run: Self::Run,
+    ) -> impl Future<Output = Result<(ProcessExit, String), GuestError>> + Send;
+
+    /// Puts a probe of a running container once, within the probe's own time limit.
+    fn probe(
+        &self,
+        container: Index,
+        kind: ProbeKind,
+    ) -> impl Future<Output = Result<Answer, GuestError>> + Send;
+
+    /// Runs a hook of a running container to its end.
+    fn hook(
+        &self,
+        container: Index,
+        turn: Turn,
+    ) -> impl Future<Output = Result<Answer, GuestError>> + Send;
 
     /// Sends a container a signal; none if it has ended.
     fn signal(
@@ -70,6 +105,11 @@ pub(super) struct Clock(Instant);
 impl Clock {
     pub(super) fn start() -> Self {
         Clock(Instant::now())
+    }
+
+    /// The instant this long after the start; `None` if there is none.
+    pub(super) fn after(self, time: Duration) -> Option<Instant> {
+        self.0.checked_add(time)
     }
 
     pub(super) fn now(self) -> Moment {
@@ -107,9 +147,13 @@ fn vm_lost(message: String) -> Event {
 }
 
 impl<R: Runtime> Actor<R> {
-    /// Runs the pod to its end. The final status is published before what it holds is given back,
+    /// Runs the pod to its end, which is due when `overdue` returns. The final status is published before what it holds is given back,
     /// which is up to the caller.
-    pub(super) async fn run(mut self, commands: &mut mpsc::Receiver<Command>) {
+    pub(super) async fn run(
+        mut self,
+        commands: &mut mpsc::Receiver<Command>,
+        overdue: impl Future<Output = ()>,
+    ) {
         let (events, mut incoming) = mpsc::unbounded_channel();
         // Aborted when this returns.
         let mut tasks = JoinSet::new();
@@ -117,6 +161,8 @@ impl<R: Runtime> Actor<R> {
         let runtime = self.runtime.clone();
         let vm_ended = runtime.vm_ended();
         tokio::pin!(vm_ended);
+        tokio::pin!(overdue);
+        let mut in_time = true;
         let mut handle_lives = true;
         let mut event = Event::Prepared;
         loop {
@@ -129,6 +175,8 @@ impl<R: Runtime> Actor<R> {
                     action => self.act(action, &mut tasks, &events),
                 }
             }
+            // Probes are many in the life of a pod: those that are done are forgotten.
+            while tasks.try_join_next().is_some() {}
             // Watchers are told of changes only.
             let status = self.machine.status();
             self.status.send_if_modified(|known| {
@@ -168,6 +216,10 @@ impl<R: Runtime> Actor<R> {
                     grace_over = None;
                     Event::GraceElapsed
                 }
+                () = &mut overdue, if in_time => {
+                    in_time = false;
+                    Event::DeadlineExceeded
+                }
             };
         }
     }
@@ -187,6 +239,24 @@ impl<R: Runtime> Actor<R> {
                     tokio::time::sleep(delay).await;
                     report(Event::BackoffElapsed(index));
                 });
+            }
+            Action::EndAfter(id, delay) => {
+                tasks.spawn(async move {
+                    tokio::time::sleep(delay).await;
+                    report(Event::EndDue(id));
+                });
+            }
+            Action::Probe(id, kind, delay) => {
+                tasks.spawn(async move {
+                    tokio::time::sleep(delay).await;
+                    report(put_probe(&runtime, id, kind).await);
+                });
+            }
+            Action::PostStart(id) => {
+                tasks.spawn(async move { report(post_start(&runtime, id).await) });
+            }
+            Action::PreStop(id, limit) => {
+                tasks.spawn(async move { report(pre_stop(&runtime, id, limit).await) });
             }
             Action::Terminate(index) | Action::Kill(index) => {
                 let by =
@@ -224,9 +294,59 @@ async fn run_container<R: Runtime>(runtime: &R, index: Index, report: impl Fn(Ev
     };
     report(Event::Started(index));
     match runtime.wait(run).await {
-        Ok(exit) => report(Event::Exited(index, exit)),
+        Ok((exit, message)) => report(Event::Exited(index, exit, message)),
         Err(error) => report(vm_lost(chain(&error))),
     }
+}
+
+/// Puts a probe once, and says what came of it.
+async fn put_probe<R: Runtime>(runtime: &R, id: RunId, kind: ProbeKind) -> Event {
+    let container = id.container;
+    let success = match runtime.probe(container, kind).await {
+        Ok(Answer::Success) => Some(true),
+        Ok(Answer::Failure(reason)) => {
+            tracing::info!(container, ?kind, reason, "a probe failed");
+            Some(false)
+        }
+        Ok(Answer::Unknown(reason)) => {
+            tracing::debug!(container, ?kind, reason, "a probe could not be put");
+            None
+        }
+        Err(error) if error.is_fatal() => return vm_lost(chain(&error)),
+        Err(error) => {
+            tracing::warn!(container, ?kind, error = chain(&error), "a probe could not be put");
+            None
+        }
+    };
+    Event::Probed(id, kind, success)
+}
+
+/// Runs the hook after a container's start.
+async fn post_start<R: Runtime>(runtime: &R, id: RunId) -> Event {
+    let container = id.container;
+    let reason = match runtime.hook(container, Turn::PostStart).await {
+        Ok(Answer::Success) => return Event::PostStarted(id, true),
+        Ok(Answer::Failure(reason) | Answer::Unknown(reason)) => reason,
+        Err(error) if error.is_fatal() => return vm_lost(chain(&error)),
+        Err(error) => chain(&error),
+    };
+    tracing::warn!(container, reason, "postStart failed: the container is ended");
+    Event::PostStarted(id, false)
+}
+
+/// Runs the hook before a container's end, for at most so long. Whatever comes of it, the container
+/// ends.
+async fn pre_stop<R: Runtime>(runtime: &R, id: RunId, limit: Duration) -> Event {
+    let container = id.container;
+    let reason = match tokio::time::timeout(limit, runtime.hook(container, Turn::PreStop)).await {
+        Ok(Ok(Answer::Success)) => return Event::PreStopped(id),
+        Ok(Ok(Answer::Failure(reason) | Answer::Unknown(reason))) => reason,
+        Ok(Err(error)) if error.is_fatal() => return vm_lost(chain(&error)),
+        Ok(Err(error)) => chain(&error),
+        Err(_) => format!("it was not done in {} s", limit.as_secs()),
+    };
+    tracing::warn!(container, reason, "preStop failed");
+    Event::PreStopped(id)
 }
 
 #[cfg(test)]

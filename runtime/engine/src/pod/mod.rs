@@ -6,8 +6,10 @@
 mod access;
 mod actor;
 mod backoff;
+mod check;
 mod images;
 mod input;
+mod last_words;
 mod logs;
 mod prepare;
 mod rundir;
@@ -39,7 +41,7 @@ pub use self::rundir::{RunDirError, sweep_dead};
 use self::runtime::GuestRuntime;
 use self::state::{Event, Machine};
 pub use self::status::{
-    ContainerState, ContainerStatus, EndReason, PodPhase, PodStatus, Terminated,
+    ContainerState, ContainerStatus, EndReason, PodConditions, PodPhase, PodStatus, Terminated,
 };
 use self::timeline::Timeline;
 pub use self::timeline::{Step, monotonic_ns};
@@ -248,6 +250,7 @@ impl Task {
             });
             tokio::select! {
                 prepared = prepare => prepared.map_err(|error| Event::PrepareFailed(error.failure(&spec))),
+                () = deadline(&spec, clock) => Err(Event::DeadlineExceeded),
                 // Whoever asks, and however much time it gives: nothing runs yet.
                 _ = requests.recv() => Err(Event::StopRequested(Duration::ZERO)),
             }
@@ -257,7 +260,9 @@ impl Task {
                 let grace = Duration::from_secs(spec.termination_grace_s);
                 let status = status.clone();
                 ready.send_replace(Some(runtime.clone()));
-                Actor { machine, runtime, clock, grace, status }.run(&mut requests).await;
+                let overdue = deadline(&spec, clock);
+                let actor = Actor { machine, runtime, clock, grace, status };
+                actor.run(&mut requests, overdue).await;
                 ready.send_replace(None);
             }
             Err(event) => {
@@ -278,5 +283,16 @@ impl Task {
             report.timeline = timeline.steps(&findings.phases);
         });
         report
+    }
+}
+
+/// Returns when the pod has taken as long as it may; never if it may take for ever.
+fn deadline(spec: &PodSpec, clock: Clock) -> impl Future<Output = ()> + use<> {
+    let at = spec.active_deadline_s.map(|seconds| clock.after(Duration::from_secs(seconds)));
+    async move {
+        match at.flatten() {
+            Some(at) => tokio::time::sleep_until(at).await,
+            None => std::future::pending().await,
+        }
     }
 }

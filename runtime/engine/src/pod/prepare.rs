@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -202,6 +203,7 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         logs,
         inputs: super::input::Inputs::default(),
         starts: Mutex::default(),
+        checks: AtomicU64::default(),
         timeline: timeline.clone(),
         findings: findings.clone(),
         measure: options.measure,

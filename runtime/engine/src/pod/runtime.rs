@@ -2,6 +2,7 @@
 //! their output, their end.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,14 +10,15 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::actor::{Runtime, StopBy, chain};
+use super::actor::{Answer, Runtime, StopBy, Turn, chain};
 use super::images::ResolvedImage;
 use super::input::{self, Inputs};
+use super::last_words::{self, Tail, Tee};
 use super::logs::{self, LogChunk, Stream};
-use super::state::Index;
+use super::state::{Index, ProbeKind};
 use super::timeline::Timeline;
 use super::{Measured, SharedFindings};
-use crate::guest::{Guest, GuestError, ProcessExit, StartFailure, Streams, Wanted};
+use crate::guest::{Guest, GuestError, ProcessExit, StartFailure, Streams, Wanted, clean};
 use crate::oci::{self, StartContext};
 use crate::storage::Layout;
 use crate::types::{ContainerSpec, PodSpec};
@@ -48,6 +50,8 @@ pub(super) struct Parts {
     pub(super) inputs: Inputs,
     /// How often each container was started.
     pub(super) starts: Mutex<HashMap<Index, u32>>,
+    /// How many commands were run for probes and hooks.
+    pub(super) checks: AtomicU64,
     pub(super) timeline: Timeline,
     pub(super) findings: SharedFindings,
     pub(super) measure: bool,
@@ -68,6 +72,8 @@ pub(super) struct Run {
     id: String,
     pumps: JoinSet<()>,
     ended: watch::Sender<bool>,
+    /// The end of its output, if its message may come of it.
+    tail: Option<Tail>,
 }
 
 impl GuestRuntime {
@@ -118,6 +124,35 @@ impl GuestRuntime {
         Ok((config, root.clone()))
     }
 
+    /// A name for a command that nobody asked for, such as a probe.
+    pub(super) fn next_check(&self) -> String {
+        format!("check-{}", self.0.checks.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The message of a container that has ended: of its file, or of its output.
+    async fn last_words(
+        &self,
+        id: &str,
+        exit: ProcessExit,
+        tail: Option<Tail>,
+    ) -> Result<String, GuestError> {
+        let Some(container) = self.0.spec.container(id) else { return Ok(String::new()) };
+        let path = &container.termination_message.path;
+        let message = match self.0.guest.read_file(id, path, last_words::MAX_FILE).await {
+            Ok(bytes) => clean(&String::from_utf8_lossy(&bytes)),
+            Err(error) if error.is_fatal() => return Err(error),
+            // A volume may be mounted there.
+            Err(error) => {
+                tracing::debug!(container = id, error = chain(&error), "no message");
+                String::new()
+            }
+        };
+        match tail {
+            Some(tail) if message.is_empty() && exit.exit_code != 0 => Ok(tail.text()),
+            _ => Ok(message),
+        }
+    }
+
     /// Counts one more start of a container; returns how many there were before.
     fn count_start(&self, index: Index) -> u32 {
         let mut starts = self.0.starts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -132,6 +167,7 @@ impl GuestRuntime {
         &self,
         (container, run): (&str, u32),
         streams: Streams,
+        tail: Option<&Tail>,
     ) -> (JoinSet<()>, watch::Sender<bool>) {
         let ended = watch::Sender::new(false);
         let name: Arc<str> = container.into();
@@ -140,9 +176,13 @@ impl GuestRuntime {
         let outputs = [(Some(stdout), Stream::Stdout), (stderr, Stream::Stderr)];
         for (accept, stream) in outputs.into_iter().filter_map(|(a, stream)| Some((a?, stream))) {
             let (name, logs, ended) = (name.clone(), self.0.logs.clone(), ended.subscribe());
+            let tail = tail.cloned();
             pumps.spawn(async move {
                 match connected(accept, ended.clone()).await {
-                    Some(from) => logs::pump(from, (name, run), stream, logs, ended).await,
+                    Some(from) => {
+                        let from = Tee::new(from, tail);
+                        logs::pump(from, (name, run), stream, logs, ended).await;
+                    }
                     None => tracing::debug!(container = %name, ?stream, "a stream never came"),
                 }
             });
@@ -215,16 +255,17 @@ impl Runtime for GuestRuntime {
         if let Err(failure) = created {
             return Ok(Err(failure));
         }
-        let (pumps, ended) = self.attach((id, run), streams);
+        let tail = container.termination_message.fall_back_to_logs.then(Tail::default);
+        let (pumps, ended) = self.attach((id, run), streams, tail.as_ref());
         let start = guest.start_container(id);
         match timeline.during(format!("container {id} started"), start).await? {
-            Ok(()) => Ok(Ok(Run { id: id.clone(), pumps, ended })),
+            Ok(()) => Ok(Ok(Run { id: id.clone(), pumps, ended, tail })),
             Err(failure) => Ok(Err(failure)),
         }
     }
 
-    async fn wait(&self, run: Run) -> Result<ProcessExit, GuestError> {
-        let Run { id, mut pumps, ended } = run;
+    async fn wait(&self, run: Run) -> Result<(ProcessExit, String), GuestError> {
+        let Run { id, mut pumps, ended, tail } = run;
         let exit = self.0.guest.wait_process(&id, None).await;
         // Also after an error: what the container wrote before it is worth reading.
         ended.send_replace(true);
@@ -234,12 +275,35 @@ impl Runtime for GuestRuntime {
             }
         }
         let exit = exit?;
+        let message = self.last_words(&id, exit, tail).await?;
         match self.0.guest.delete_container(&id).await {
             Ok(()) => {}
             Err(error) if error.is_fatal() => return Err(error),
             Err(error) => tracing::warn!(container = id, error = chain(&error), "not removed"),
         }
-        Ok(exit)
+        Ok((exit, message))
+    }
+
+    async fn probe(&self, index: Index, kind: ProbeKind) -> Result<Answer, GuestError> {
+        match self.container(index) {
+            Ok(container) => self.put_probe(container, kind).await,
+            Err(failure) => Ok(Answer::Unknown(failure.message)),
+        }
+    }
+
+    async fn hook(&self, index: Index, turn: Turn) -> Result<Answer, GuestError> {
+        let container = match self.container(index) {
+            Ok(container) => container,
+            Err(failure) => return Ok(Answer::Unknown(failure.message)),
+        };
+        let hook = match turn {
+            Turn::PostStart => &container.lifecycle.post_start,
+            Turn::PreStop => &container.lifecycle.pre_stop,
+        };
+        match hook {
+            Some(hook) => self.run_hook(container, hook).await,
+            None => Ok(Answer::Success),
+        }
     }
 
     async fn signal(&self, index: Index, by: StopBy) -> Result<(), GuestError> {

@@ -15,20 +15,26 @@
 //!      │                                 PoweringOff
 //!      ▼                                      │ VmEnded
 //!    Ended ◀──────────────────────────────────┘
-//!      ▲ VmLost, from every state but Ended
+//!      ▲ VmLost, from every state but Ended              DeadlineExceeded is a StopRequested
+//!                                                         after which the pod has failed
 //!
-//!  A container:  Idle ─▶ Starting ─▶ Up ─▶ Done
+//!  A container:  Idle ─▶ Starting ─▶ Up ─▶ Done          (how it ends: see `ending`)
 //!                           ▲ │       │
 //!                           │ └───────┴─▶ BackingOff (will be started again)
 //!                           └─────────────────┘
 //! ```
 
+mod container;
+mod ending;
+mod probes;
+
 use std::time::{Duration, SystemTime};
 
-use super::backoff::Backoff;
-use super::status::{
-    ContainerState, ContainerStatus, EndReason, Moment, PodPhase, PodStatus, Terminated,
-};
+pub(super) use self::container::RunId;
+use self::container::{Activity, Container, Ending, Up, not_started};
+pub(super) use self::probes::ProbeKind;
+use self::probes::{RunProbes, Verdict};
+use super::status::{Moment, PodPhase, PodStatus, Terminated};
 use crate::guest::{ProcessExit, StartFailure};
 use crate::types::{ContainerKind, PodSpec, RestartPolicy};
 
@@ -49,14 +55,24 @@ pub(super) enum Event {
     Started(Index),
     /// A container's program could not be started.
     StartFailed(Index, StartFailure),
-    /// A container's program ended, and all its output is delivered.
-    Exited(Index, ProcessExit),
+    /// The hook after a container's start is done, or has failed.
+    PostStarted(RunId, bool),
+    /// A probe was answered: with success or not, or not at all.
+    Probed(RunId, ProbeKind, Option<bool>),
+    /// The hook before a container's end is done, however it went.
+    PreStopped(RunId),
+    /// The time that a single container had to end is over.
+    EndDue(RunId),
+    /// A container's program ended, and all its output is delivered; with its last words.
+    Exited(Index, ProcessExit, String),
     /// The time to start a container again has come.
     BackoffElapsed(Index),
     /// The pod is to end; its containers may take so long.
     StopRequested(Duration),
     /// The time that containers had to end is over.
     GraceElapsed,
+    /// The pod has taken longer than it may.
+    DeadlineExceeded,
     /// The VM is gone unexpectedly, or cannot be reached.
     VmLost(Failure),
     /// The VM is gone after it was powered off.
@@ -82,6 +98,15 @@ pub(super) enum Action {
     Start(Index),
     /// Come back with [`Event::BackoffElapsed`].
     StartAfter(Index, Duration),
+    /// Run the hook after a container's start: [`Event::PostStarted`] comes of it.
+    PostStart(RunId),
+    /// After so long, put a probe: [`Event::Probed`] comes of it.
+    Probe(RunId, ProbeKind, Duration),
+    /// Run the hook before a container's end, for at most so long: [`Event::PreStopped`] comes of
+    /// it.
+    PreStop(RunId, Duration),
+    /// Come back with [`Event::EndDue`].
+    EndAfter(RunId, Duration),
     /// Ask a running container to end.
     Terminate(Index),
     /// End a running container.
@@ -113,37 +138,6 @@ enum Stage {
     },
 }
 
-/// Where a container is in its life.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Activity {
-    Idle,
-    Starting,
-    Up {
-        since: Moment,
-        told_to_end: bool,
-    },
-    BackingOff {
-        delay: Duration,
-        ended: Terminated,
-    },
-    Done(Terminated),
-    /// It concerns this container that the pod could not be prepared.
-    Blocked {
-        reason: &'static str,
-        message: String,
-    },
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Container {
-    name: String,
-    kind: ContainerKind,
-    activity: Activity,
-    last: Option<Terminated>,
-    restarts: u32,
-    backoff: Backoff,
-}
-
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Machine {
@@ -151,23 +145,18 @@ pub(super) struct Machine {
     grace: Duration,
     stage: Stage,
     containers: Vec<Container>,
+    /// Whether the pod fails whatever its containers come to: its deadline is over.
+    overdue: bool,
 }
 
 impl Machine {
     pub(super) fn new(spec: &PodSpec) -> Self {
-        let containers = spec.all_containers().map(|container| Container {
-            name: container.name.clone(),
-            kind: container.kind,
-            activity: Activity::Idle,
-            last: None,
-            restarts: 0,
-            backoff: Backoff::default(),
-        });
         Machine {
             policy: spec.restart_policy,
             grace: Duration::from_secs(spec.termination_grace_s),
             stage: Stage::Preparing,
-            containers: containers.collect(),
+            containers: spec.all_containers().map(Container::new).collect(),
+            overdue: false,
         }
     }
 
@@ -192,40 +181,35 @@ impl Machine {
             Event::PrepareFailed(failure) if self.stage == Stage::Preparing => self.fail(failure),
             Event::Prepared | Event::PrepareFailed(_) => Vec::new(),
             Event::Started(index) => self.started(index, now),
-            Event::StartFailed(index, StartFailure { exit_code, message }) => {
-                let ended = Terminated {
-                    exit_code,
-                    signal: 0,
-                    reason: EndReason::StartError,
-                    message,
-                    started_at: None,
-                    finished_at: now.wall,
-                };
-                self.ended(index, ended, now)
+            Event::StartFailed(index, failure) => {
+                self.ended(index, not_started(failure, now.wall), now)
             }
-            Event::Exited(index, exit) => {
-                let ended = self.terminated(index, exit);
+            Event::PostStarted(id, true) => match self.current(id) {
+                Some(_) => self.running(id, now),
+                None => Vec::new(),
+            },
+            Event::PostStarted(id, false) => match self.current(id) {
+                Some(_) => self.end_container(id.container, self.grace, now),
+                None => Vec::new(),
+            },
+            Event::Probed(id, kind, success) => self.probed(id, kind, success, now),
+            Event::PreStopped(id) => self.pre_stopped(id, now),
+            Event::EndDue(id) => self.end_due(id, now),
+            Event::Exited(index, exit, message) => {
+                let Some(container) = self.containers.get(index) else { return Vec::new() };
+                let ended = container.terminated(exit, message);
                 self.ended(index, ended, now)
             }
             Event::BackoffElapsed(index) => self.start_again(index),
-            Event::StopRequested(grace) => self.stop_requested(grace),
-            Event::GraceElapsed => match self.stage {
-                Stage::Stopping { killed: false } => self.kill(),
-                Stage::Stopping { killed: true } => self.lost(
-                    Failure {
-                        reason: "KillTimeout",
-                        message: format!(
-                            "containers did not end within {} s of being killed",
-                            KILL_LIMIT.as_secs()
-                        ),
-                        containers: Vec::new(),
-                    },
-                    now.wall,
-                ),
-                _ => Vec::new(),
-            },
+            Event::StopRequested(grace) => self.stop_requested(grace, now),
+            Event::GraceElapsed => self.grace_elapsed(now),
+            Event::DeadlineExceeded => self.deadline_exceeded(now),
             // Everything had ended before: how the VM goes does not change what they came to.
             Event::VmEnded | Event::VmLost(_) if self.stage == Stage::PoweringOff => {
+                if self.overdue {
+                    let Failure { reason, message, .. } = overdue();
+                    return self.end(PodPhase::Failed, reason, message);
+                }
                 let phase = self.verdict();
                 self.end(phase, "", String::new())
             }
@@ -258,23 +242,7 @@ impl Machine {
     /// The VM is gone: what ran in it has ended in an unknown way.
     fn lost(&mut self, failure: Failure, at: SystemTime) -> Vec<Action> {
         for container in &mut self.containers {
-            let started_at = match &container.activity {
-                Activity::Idle | Activity::Blocked { .. } | Activity::Done(_) => continue,
-                Activity::BackingOff { ended, .. } => {
-                    container.activity = Activity::Done(ended.clone());
-                    continue;
-                }
-                Activity::Starting => None,
-                Activity::Up { since, .. } => Some(since.wall),
-            };
-            container.activity = Activity::Done(Terminated {
-                exit_code: 137,
-                signal: 0,
-                reason: EndReason::ContainerStatusUnknown,
-                message: "the virtual machine ended while the container ran".into(),
-                started_at,
-                finished_at: at,
-            });
+            container.lose(at);
         }
         self.end(PodPhase::Failed, failure.reason, failure.message)
     }
@@ -312,41 +280,95 @@ impl Machine {
         }
     }
 
+    /// What runs in this run of a container, unless that is over.
+    fn current(&mut self, id: RunId) -> Option<&mut Up> {
+        self.containers.get_mut(id.container).filter(|c| c.restarts == id.run)?.up()
+    }
+
     fn started(&mut self, index: Index, now: Moment) -> Vec<Action> {
-        let stage = self.stage.clone();
         let Some(container) = self.containers.get_mut(index) else { return Vec::new() };
         if container.activity != Activity::Starting {
             return Vec::new();
         }
-        container.activity = Activity::Up { since: now, told_to_end: false };
-        let sidecar = container.kind == ContainerKind::Sidecar;
-        match stage {
-            Stage::Initializing(at) if at == index && sidecar => self.initialize(index + 1),
-            // It was being started when the pod was told to stop.
+        let probes = RunProbes::default();
+        container.activity = Activity::Up(Up { since: now, ending: Ending::No, probes });
+        let id = RunId { container: index, run: container.restarts };
+        let has_post_start = container.has_post_start;
+        match self.stage {
+            // It was being started when the pod was told to stop: it is ended without its hooks.
             Stage::Stopping { killed: true } => vec![Action::Kill(index)],
-            Stage::Stopping { killed: false } => self.advance_stop(),
+            Stage::Stopping { killed: false } => self.advance_stop(now),
+            _ if has_post_start => vec![Action::PostStart(id)],
+            _ => self.running(id, now),
+        }
+    }
+
+    /// A container's program runs, and its hook is done: its probes begin.
+    fn running(&mut self, id: RunId, now: Moment) -> Vec<Action> {
+        let Some(container) = self.containers.get_mut(id.container) else { return Vec::new() };
+        let Activity::Up(up) = &mut container.activity else { return Vec::new() };
+        let due = up.probes.begin(&container.probes, up.since.uptime, now.uptime);
+        let started = up.probes.started;
+        let mut actions: Vec<Action> =
+            due.into_iter().map(|(kind, after)| Action::Probe(id, kind, after)).collect();
+        if started {
+            actions.extend(self.sidecar_started(id.container));
+        }
+        actions
+    }
+
+    /// Goes on with the next init container, if it is a sidecar that this waited for.
+    fn sidecar_started(&mut self, index: Index) -> Vec<Action> {
+        let sidecar = self.containers.get(index).is_some_and(|c| c.kind == ContainerKind::Sidecar);
+        match self.stage {
+            Stage::Initializing(at) if at == index && sidecar => self.initialize(index + 1),
             _ => Vec::new(),
         }
     }
 
-    fn terminated(&self, index: Index, exit: ProcessExit) -> Terminated {
-        let ProcessExit { exit_code, signal, oom_killed, at } = exit;
-        let reason = match exit_code {
-            0 => EndReason::Completed,
-            _ if oom_killed => EndReason::OomKilled,
-            _ => EndReason::Error,
+    fn probed(
+        &mut self,
+        id: RunId,
+        kind: ProbeKind,
+        success: Option<bool>,
+        now: Moment,
+    ) -> Vec<Action> {
+        let Some(container) =
+            self.containers.get_mut(id.container).filter(|c| c.restarts == id.run)
+        else {
+            return Vec::new();
         };
-        let started_at = match self.containers.get(index).map(|c| &c.activity) {
-            Some(Activity::Up { since, .. }) => Some(since.wall),
-            _ => None,
-        };
-        Terminated {
-            exit_code,
-            signal,
-            reason,
-            message: String::new(),
-            started_at,
-            finished_at: at,
+        let Activity::Up(up) = &mut container.activity else { return Vec::new() };
+        // Who is told to end is not told again; but it stays ready as long as it says so.
+        if up.ending != Ending::No && kind != ProbeKind::Readiness {
+            return Vec::new();
+        }
+        let probes = &container.probes;
+        let (verdict, due) = up.probes.answer(kind, success, probes, up.since.uptime, now.uptime);
+        let mut actions: Vec<Action> =
+            due.into_iter().map(|(kind, after)| Action::Probe(id, kind, after)).collect();
+        match (kind, verdict) {
+            (ProbeKind::Startup, Some(Verdict::Passed)) => {
+                actions.extend(self.sidecar_started(id.container));
+            }
+            (ProbeKind::Startup | ProbeKind::Liveness, Some(Verdict::Failed)) => {
+                let own = kind.of(probes).and_then(|probe| probe.termination_grace_s);
+                let grace = own.map_or(self.grace, Duration::from_secs);
+                actions.extend(self.end_container(id.container, grace, now));
+            }
+            _ => {}
+        }
+        actions
+    }
+
+    fn deadline_exceeded(&mut self, now: Moment) -> Vec<Action> {
+        match self.stage {
+            Stage::Preparing => self.fail(overdue()),
+            Stage::Initializing(_) | Stage::Running => {
+                self.overdue = true;
+                self.stop(self.grace, now)
+            }
+            Stage::Stopping { .. } | Stage::PoweringOff | Stage::Ended { .. } => Vec::new(),
         }
     }
 
@@ -356,18 +378,13 @@ impl Machine {
         let policy = self.policy;
         let Some(container) = self.containers.get_mut(index) else { return Vec::new() };
         let run = match container.activity {
-            Activity::Up { since, .. } => now.uptime.saturating_sub(since.uptime),
+            Activity::Up(Up { since, .. }) => now.uptime.saturating_sub(since.uptime),
             Activity::Starting => Duration::ZERO,
             _ => return Vec::new(),
         };
         let success = ended.exit_code == 0;
-        let again = match (container.kind, policy) {
-            _ if matches!(stage, Stage::Stopping { .. }) => false,
-            (ContainerKind::Sidecar, _) | (ContainerKind::Main, RestartPolicy::Always) => true,
-            (_, RestartPolicy::Never) => false,
-            (ContainerKind::Init, _) | (_, RestartPolicy::OnFailure) => !success,
-        };
-        if again {
+        let stopping = matches!(stage, Stage::Stopping { .. });
+        if !stopping && container.is_restarted(policy, success) {
             let delay = container.backoff.after_run_of(run);
             container.activity = Activity::BackingOff { delay, ended };
             if delay.is_zero() {
@@ -378,9 +395,9 @@ impl Machine {
         container.activity = Activity::Done(ended);
         match stage {
             Stage::Initializing(at) if at == index && success => self.initialize(index + 1),
-            Stage::Initializing(_) => self.stop(self.grace),
-            Stage::Running if self.mains().all(Container::is_done) => self.stop(self.grace),
-            Stage::Stopping { .. } => self.advance_stop(),
+            Stage::Initializing(_) => self.stop(self.grace, now),
+            Stage::Running if self.mains().all(Container::is_done) => self.stop(self.grace, now),
+            Stage::Stopping { .. } => self.advance_stop(now),
             _ => Vec::new(),
         }
     }
@@ -392,74 +409,6 @@ impl Machine {
     /// The containers in which something runs, or is about to.
     fn alive(&self) -> impl Iterator<Item = Index> {
         self.containers.iter().enumerate().filter(|(_, c)| c.is_alive()).map(|(index, _)| index)
-    }
-
-    fn stop_requested(&mut self, grace: Duration) -> Vec<Action> {
-        match self.stage {
-            Stage::Preparing => self.fail(Failure {
-                reason: "Stopped",
-                message: "the pod was stopped before its containers were started".into(),
-                containers: Vec::new(),
-            }),
-            // Only the time left can change.
-            Stage::Stopping { killed: true } => Vec::new(),
-            Stage::Stopping { killed: false } if grace.is_zero() => self.kill(),
-            Stage::Stopping { killed: false } => vec![Action::ArmGrace(grace)],
-            Stage::Initializing(_) | Stage::Running => self.stop(grace),
-            Stage::PoweringOff | Stage::Ended { .. } => Vec::new(),
-        }
-    }
-
-    /// Begins to end what runs.
-    fn stop(&mut self, grace: Duration) -> Vec<Action> {
-        self.stage = Stage::Stopping { killed: false };
-        for container in &mut self.containers {
-            if let Activity::BackingOff { ended, .. } = &container.activity {
-                container.activity = Activity::Done(ended.clone());
-            }
-        }
-        let mut actions = Vec::new();
-        if self.alive().next().is_some() {
-            if grace.is_zero() {
-                return self.kill();
-            }
-            actions.push(Action::ArmGrace(grace));
-        }
-        actions.extend(self.advance_stop());
-        actions
-    }
-
-    /// Ends what runs, sidecars and all; if even that does not help, the VM is ended.
-    fn kill(&mut self) -> Vec<Action> {
-        self.stage = Stage::Stopping { killed: true };
-        let kills: Vec<Action> = self.alive().map(Action::Kill).collect();
-        kills.into_iter().chain([Action::ArmGrace(KILL_LIMIT)]).collect()
-    }
-
-    /// Tells who is next to end: all but the sidecars at once, then each sidecar after those that
-    /// were started after it.
-    fn advance_stop(&mut self) -> Vec<Action> {
-        let mut alive: Vec<Index> = self.alive().collect();
-        let is_sidecar = |machine: &Self, index: &Index| {
-            machine.containers.get(*index).is_some_and(|c| c.kind == ContainerKind::Sidecar)
-        };
-        if alive.is_empty() {
-            self.stage = Stage::PoweringOff;
-            return vec![Action::PowerOff];
-        }
-        if alive.iter().all(|index| is_sidecar(self, index)) {
-            alive.drain(..alive.len() - 1);
-        } else {
-            alive.retain(|index| !is_sidecar(self, index));
-        }
-        let tell = |index: Index| match self.containers.get_mut(index).map(|c| &mut c.activity) {
-            Some(Activity::Up { told_to_end, .. }) if !*told_to_end => {
-                *told_to_end = true;
-                Some(Action::Terminate(index))
-            }
-            _ => None,
-        };
-        alive.into_iter().filter_map(tell).collect()
     }
 
     /// The phase of a pod in which nothing will be started any more.
@@ -487,43 +436,12 @@ impl Machine {
     }
 }
 
-impl Container {
-    fn is_done(&self) -> bool {
-        matches!(self.activity, Activity::Done(_))
-    }
-
-    fn is_alive(&self) -> bool {
-        matches!(self.activity, Activity::Starting | Activity::Up { .. })
-    }
-
-    fn status(&self) -> ContainerStatus {
-        let waiting = |reason, message| ContainerState::Waiting { reason, message };
-        let state = match &self.activity {
-            Activity::Idle => waiting("PodInitializing", String::new()),
-            Activity::Starting => waiting("ContainerCreating", String::new()),
-            Activity::Up { since, .. } => ContainerState::Running { started_at: since.wall },
-            Activity::BackingOff { delay, .. } => waiting(
-                "CrashLoopBackOff",
-                format!(
-                    "back-off {} s before container {} is started again",
-                    delay.as_secs(),
-                    self.name
-                ),
-            ),
-            Activity::Done(ended) => ContainerState::Terminated(ended.clone()),
-            Activity::Blocked { reason, message } => waiting(reason, message.clone()),
-        };
-        let last = match &self.activity {
-            Activity::BackingOff { ended, .. } => Some(ended.clone()),
-            _ => self.last.clone(),
-        };
-        ContainerStatus {
-            name: self.name.clone(),
-            kind: self.kind,
-            state,
-            last,
-            restarts: self.restarts,
-        }
+/// Why a pod fails whose time is over, in the kubelet's words.
+fn overdue() -> Failure {
+    Failure {
+        reason: "DeadlineExceeded",
+        message: "Pod was active on the node longer than the specified deadline".into(),
+        containers: Vec::new(),
     }
 }
 

@@ -63,6 +63,43 @@ pub struct ContainerStatus {
     pub last: Option<Terminated>,
     /// How often it was started again.
     pub restarts: u32,
+    /// Whether it runs and its startup probe, if it has one, has succeeded.
+    pub started: bool,
+    /// Whether it runs and can serve, as its readiness probe says if it has one; of an init
+    /// container, whether it has done its work.
+    pub ready: bool,
+}
+
+/// The conditions of a pod that say how far it has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PodConditions {
+    /// Its init containers have done their work, and its sidecars have started.
+    pub initialized: bool,
+    /// All its containers and sidecars are ready.
+    pub containers_ready: bool,
+    /// The pod can serve: the same, as there are no readiness gates.
+    pub ready: bool,
+}
+
+impl PodStatus {
+    /// The pod's conditions.
+    #[must_use]
+    pub fn conditions(&self) -> PodConditions {
+        let of = |kind| self.containers.iter().filter(move |container| container.kind == kind);
+        let all_ready = |kind| of(kind).all(|container| container.ready);
+        let past_init = of(ContainerKind::Main).any(|main| {
+            !matches!(main.state, ContainerState::Waiting { reason: "PodInitializing", .. })
+        });
+        let started = of(ContainerKind::Sidecar).all(|sidecar| sidecar.started);
+        let containers_ready = !self.phase.is_final()
+            && all_ready(ContainerKind::Main)
+            && all_ready(ContainerKind::Sidecar);
+        PodConditions {
+            initialized: all_ready(ContainerKind::Init) && (started || past_init),
+            containers_ready,
+            ready: containers_ready,
+        }
+    }
 }
 
 /// State of a container.

@@ -20,6 +20,8 @@ fn ended(name: &str, kind: ContainerKind, exit_code: u8) -> ContainerStatus {
         }),
         last: None,
         restarts: 2,
+        started: false,
+        ready: false,
     }
 }
 

@@ -1,6 +1,6 @@
 //! The actor against a guest that a test scripts, with a clock that a test turns.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
 
 use husk_vmm_api::Exit;
@@ -9,8 +9,8 @@ use tokio::sync::Notify;
 use super::*;
 use crate::pod::status::{ContainerState, EndReason, PodPhase};
 use crate::types::{
-    ContainerKind, ContainerSpec, Network, PodMetadata, PodSpec, PullPolicy, Resources,
-    RestartPolicy, Rootfs, SecurityContext, VmSize,
+    Check, ContainerKind, ContainerSpec, Hook, Network, PodMetadata, PodSpec, Probe, PullPolicy,
+    Resources, RestartPolicy, Rootfs, SecurityContext, VmSize,
 };
 
 /// What a container of the fake does.
@@ -36,6 +36,10 @@ struct Inner {
     log: Mutex<Vec<String>>,
     asked: Mutex<HashMap<Index, Arc<Notify>>>,
     killed: Mutex<HashMap<Index, Arc<Notify>>>,
+    /// What probes and hooks come to, the next first; then they succeed.
+    answers: Mutex<VecDeque<Answer>>,
+    /// How long a hook takes.
+    hook_s: u64,
     vm_end: Notify,
     exit: Mutex<Option<Arc<VmExit>>>,
 }
@@ -48,10 +52,6 @@ fn unlocked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Fake {
-    fn new(scripts: &[Script]) -> Self {
-        Fake(Arc::new(Inner { scripts: scripts.to_vec(), ..Inner::default() }))
-    }
-
     fn note(&self, text: String) {
         unlocked(&self.0.log).push(text);
     }
@@ -85,7 +85,20 @@ impl Runtime for Fake {
         }
     }
 
-    async fn wait(&self, index: Index) -> Result<ProcessExit, GuestError> {
+    async fn probe(&self, index: Index, kind: ProbeKind) -> Result<Answer, GuestError> {
+        self.note(format!("{kind:?} {index}"));
+        let mut answers = unlocked(&self.0.answers);
+        Ok(answers.pop_front().unwrap_or(Answer::Success))
+    }
+
+    async fn hook(&self, index: Index, turn: Turn) -> Result<Answer, GuestError> {
+        self.note(format!("{turn:?} {index}"));
+        tokio::time::sleep(Duration::from_secs(self.0.hook_s)).await;
+        let mut answers = unlocked(&self.0.answers);
+        Ok(answers.pop_front().unwrap_or(Answer::Success))
+    }
+
+    async fn wait(&self, index: Index) -> Result<(ProcessExit, String), GuestError> {
         let (asked, killed) = (Self::bell(&self.0.asked, index), Self::bell(&self.0.killed, index));
         let exit_code = match self.0.scripts[index] {
             Script::Ends(seconds, code) => tokio::select! {
@@ -103,7 +116,8 @@ impl Runtime for Fake {
             }
         };
         let signal = exit_code.saturating_sub(128);
-        Ok(ProcessExit { exit_code, signal, oom_killed: false, at: SystemTime::now() })
+        let exit = ProcessExit { exit_code, signal, oom_killed: false, at: SystemTime::now() };
+        Ok((exit, format!("{exit_code}!")))
     }
 
     async fn signal(&self, index: Index, by: StopBy) -> Result<(), GuestError> {
@@ -177,8 +191,12 @@ struct Running {
 
 fn run(policy: RestartPolicy, sidecars: usize, scripts: &[Script]) -> Running {
     let spec = spec(policy, sidecars, scripts.len() - sidecars);
-    let fake = Fake::new(scripts);
-    let machine = Machine::new(&spec);
+    run_spec(&spec, Inner { scripts: scripts.to_vec(), ..Inner::default() })
+}
+
+fn run_spec(spec: &PodSpec, inner: Inner) -> Running {
+    let fake = Fake(Arc::new(inner));
+    let machine = Machine::new(spec);
     let (sender, status) = watch::channel(machine.status());
     let (commands, mut requests) = mpsc::channel(4);
     let actor = Actor {
@@ -188,7 +206,14 @@ fn run(policy: RestartPolicy, sidecars: usize, scripts: &[Script]) -> Running {
         grace: Duration::from_secs(spec.termination_grace_s),
         status: sender,
     };
-    let task = tokio::spawn(async move { actor.run(&mut requests).await });
+    let deadline = spec.active_deadline_s;
+    let overdue = async move {
+        match deadline {
+            Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds)).await,
+            None => std::future::pending().await,
+        }
+    };
+    let task = tokio::spawn(async move { actor.run(&mut requests, overdue).await });
     Running { fake, commands, status, task, started: Instant::now() }
 }
 
@@ -322,4 +347,93 @@ fn chains_of_causes_do_not_repeat_themselves() {
     #[error("outer")]
     struct Plain(#[source] std::io::Error);
     assert_eq!(chain(&Plain(std::io::Error::other("inner"))), "outer: inner");
+}
+
+fn probe(period_s: u32, failure_threshold: u32) -> Probe {
+    Probe {
+        check: Check::Exec(vec!["true".into()]),
+        initial_delay_s: 0,
+        period_s,
+        timeout_s: 1,
+        success_threshold: 1,
+        failure_threshold,
+        termination_grace_s: None,
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_fails_its_liveness_probe_is_ended_and_started_again() {
+    let mut spec = spec(RestartPolicy::Always, 0, 1);
+    spec.containers[0].probes.liveness = Some(probe(5, 2));
+    let failure = || Answer::Failure("no".into());
+    let answers = [Answer::Success, failure(), Answer::Unknown("x".into()), failure()];
+    let pod = run_spec(
+        &spec,
+        Inner {
+            scripts: vec![Script::Obeys],
+            answers: Mutex::new(answers.into()),
+            ..Inner::default()
+        },
+    );
+    let mut status = pod.status.clone();
+    status.wait_for(|status| status.containers[0].restarts == 1).await.unwrap();
+    // At 0, 5, 10 and 15 s: that of 10 s could not be put, and does not break the row.
+    assert_eq!(pod.started.elapsed().as_secs(), 15);
+    let last = status.borrow().containers[0].last.clone().unwrap();
+    assert_eq!((last.exit_code, last.message.as_str()), (143, "143!"));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    pod.stop(None).await;
+    let (log, _, _) = pod.finish().await;
+    let live = "Liveness 0";
+    assert_eq!(
+        log,
+        ["start 0", live, live, live, live, "Asking 0", "start 0", live, "Asking 0", "power off"]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hook_before_the_end_takes_from_the_grace_period_but_two_seconds_are_left() {
+    for (hook_s, script, expected) in [
+        // The hook, then the end that is asked for.
+        (10, Script::Obeys, 10),
+        // Killed when the grace period is over.
+        (10, Script::Ignores, 30),
+        // The hook takes all of it.
+        (100, Script::Obeys, 30),
+        (100, Script::Ignores, 32),
+    ] {
+        let mut spec = spec(RestartPolicy::Always, 0, 1);
+        spec.containers[0].lifecycle.pre_stop = Some(Hook::Sleep(1));
+        let pod = run_spec(&spec, Inner { scripts: vec![script], hook_s, ..Inner::default() });
+        pod.status.clone().wait_for(|s| s.containers[0].started).await.unwrap();
+        pod.stop(None).await;
+        let (log, _, took) = pod.finish().await;
+        assert_eq!(took, expected, "{hook_s} {script:?}");
+        assert_eq!(log[..3], ["start 0", "PreStop 0", "Asking 0"]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_whose_first_hook_fails_is_ended() {
+    let mut spec = spec(RestartPolicy::Never, 0, 1);
+    spec.containers[0].lifecycle.post_start = Some(Hook::Sleep(1));
+    spec.containers[0].probes.readiness = Some(probe(1, 1));
+    let answers = Mutex::new([Answer::Failure("no".into())].into());
+    let pod = run_spec(
+        &spec,
+        Inner { scripts: vec![Script::Obeys], answers, hook_s: 3, ..Inner::default() },
+    );
+    let (log, status, took) = pod.finish().await;
+    assert_eq!(log, ["start 0", "PostStart 0", "Asking 0", "power off"], "no probe before it");
+    assert_eq!((status.phase, took), (PodPhase::Failed, 3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_takes_too_long_is_ended_and_has_failed() {
+    let mut spec = spec(RestartPolicy::Always, 0, 2);
+    spec.active_deadline_s = Some(100);
+    let scripts = vec![Script::Obeys, Script::Ends(5, 0)];
+    let (_, status, took) = run_spec(&spec, Inner { scripts, ..Inner::default() }).finish().await;
+    assert_eq!((status.phase, status.reason.as_str()), (PodPhase::Failed, "DeadlineExceeded"));
+    assert_eq!(took, 100);
 }

@@ -1,9 +1,13 @@
 //! The life of pods, event by event.
 
+use super::super::backoff::Backoff;
+use super::super::status::{ContainerState, EndReason};
 use super::*;
-use crate::types::{PodMetadata, VmSize};
+use crate::types::{PodMetadata, Probes, VmSize};
 use Action::{ArmGrace, Kill, PowerOff, Release, Start, StartAfter, Terminate};
 use ContainerKind::{Init, Main, Sidecar};
+
+mod checks;
 
 const GRACE: Duration = Duration::from_secs(30);
 
@@ -11,6 +15,9 @@ fn machine(policy: RestartPolicy, kinds: &[ContainerKind]) -> Machine {
     let container = |(index, kind): (usize, &ContainerKind)| Container {
         name: format!("c{index}"),
         kind: *kind,
+        probes: Probes::default(),
+        has_post_start: false,
+        has_pre_stop: false,
         activity: Activity::Idle,
         last: None,
         restarts: 0,
@@ -21,6 +28,7 @@ fn machine(policy: RestartPolicy, kinds: &[ContainerKind]) -> Machine {
         grace: GRACE,
         stage: Stage::Preparing,
         containers: kinds.iter().enumerate().map(container).collect(),
+        overdue: false,
     }
 }
 
@@ -31,7 +39,7 @@ fn at(seconds: u64) -> Moment {
 
 fn exited(index: Index, exit_code: u8) -> Event {
     let exit = ProcessExit { exit_code, signal: 0, oom_killed: false, at: at(0).wall };
-    Event::Exited(index, exit)
+    Event::Exited(index, exit, String::new())
 }
 
 fn failure(reason: &'static str) -> Failure {
@@ -229,7 +237,7 @@ fn memory_kills_are_told_as_such() {
     let mut pod = machine(RestartPolicy::Never, &[Main]);
     feed(&mut pod, vec![Event::Prepared, Event::Started(0)]);
     let exit = ProcessExit { exit_code: 137, signal: 9, oom_killed: true, at: at(0).wall };
-    feed(&mut pod, vec![Event::Exited(0, exit)]);
+    feed(&mut pod, vec![Event::Exited(0, exit, String::new())]);
     let ContainerState::Terminated(ended) = pod.status().containers.remove(0).state else {
         panic!("{pod:?}")
     };
@@ -243,9 +251,12 @@ fn a_stop_asks_then_kills() {
     let asked = feed(&mut pod, vec![Event::StopRequested(GRACE)]);
     assert_eq!(asked, [ArmGrace(GRACE), Terminate(1), Terminate(2)]);
     assert_eq!(feed(&mut pod, vec![exited(1, 0)]), [], "not restarted, and 2 still runs");
-    let killed = feed(&mut pod, vec![Event::GraceElapsed]);
-    assert_eq!(killed, [Kill(0), Kill(2), ArmGrace(KILL_LIMIT)]);
-    assert_eq!(feed(&mut pod, vec![exited(2, 137)]), [Terminate(0)]);
+    let killed = pod.transition(Event::GraceElapsed, at(30));
+    // The sidecar did not have its turn yet.
+    assert_eq!(killed, [Terminate(0), Kill(2), ArmGrace(Duration::from_secs(2))]);
+    assert_eq!(pod.transition(exited(2, 137), at(30)), []);
+    let killed = pod.transition(Event::GraceElapsed, at(32));
+    assert_eq!(killed, [Kill(0), ArmGrace(KILL_LIMIT)]);
     assert_eq!(feed(&mut pod, vec![exited(0, 137)]), [PowerOff]);
     feed(&mut pod, vec![Event::VmEnded]);
     assert_eq!(phase(&pod), PodPhase::Failed);
@@ -350,6 +361,36 @@ mod totality {
 
     use super::*;
 
+    fn runs() -> impl Strategy<Value = RunId> {
+        (0..5_usize, 0..2_u32).prop_map(|(container, run)| RunId { container, run })
+    }
+
+    fn kinds() -> impl Strategy<Value = ProbeKind> {
+        prop_oneof![Just(ProbeKind::Startup), Just(ProbeKind::Liveness), Just(ProbeKind::Readiness)]
+    }
+
+    /// A pod whose containers have all hooks and probes that they can have.
+    fn watched(policy: RestartPolicy, kinds: &[ContainerKind]) -> Machine {
+        let mut pod = machine(policy, kinds);
+        for container in pod.containers.iter_mut().filter(|container| container.kind != Init) {
+            let probe = crate::types::Probe {
+                check: crate::types::Check::Exec(Vec::new()),
+                initial_delay_s: 0,
+                period_s: 1,
+                timeout_s: 1,
+                success_threshold: 1,
+                failure_threshold: 1,
+                termination_grace_s: None,
+            };
+            container.has_post_start = true;
+            container.has_pre_stop = true;
+            container.probes.startup = Some(probe.clone());
+            container.probes.liveness = Some(probe.clone());
+            container.probes.readiness = Some(probe);
+        }
+        pod
+    }
+
     fn events() -> impl Strategy<Value = Event> {
         let index = 0..5_usize;
         prop_oneof![
@@ -361,6 +402,12 @@ mod totality {
             }),
             (index.clone(), 0..3_u8).prop_map(|(index, code)| exited(index, code)),
             index.prop_map(Event::BackoffElapsed),
+            (runs(), any::<bool>()).prop_map(|(id, success)| Event::PostStarted(id, success)),
+            (runs(), kinds(), any::<Option<bool>>())
+                .prop_map(|(id, kind, success)| Event::Probed(id, kind, success)),
+            runs().prop_map(Event::PreStopped),
+            runs().prop_map(Event::EndDue),
+            Just(Event::DeadlineExceeded),
             (0..40_u64).prop_map(|s| Event::StopRequested(Duration::from_secs(s))),
             Just(Event::GraceElapsed),
             Just(Event::VmLost(failure("Y"))),
@@ -383,7 +430,7 @@ mod totality {
             policy in policies(),
             events in proptest::collection::vec(events(), 0..80),
         ) {
-            let mut pod = machine(policy, &[Sidecar, Init, Main, Main]);
+            let mut pod = watched(policy, &[Sidecar, Init, Main, Main]);
             let mut released = 0;
             for (second, event) in events.into_iter().enumerate() {
                 let ended = pod.is_ended();
@@ -401,12 +448,13 @@ mod totality {
             policy in policies(),
             events in proptest::collection::vec(events(), 0..80),
         ) {
-            let mut pod = machine(policy, &[Sidecar, Init, Main, Main]);
+            let mut pod = watched(policy, &[Sidecar, Init, Main, Main]);
             for event in events {
                 let before = pod.clone();
-                let stopping = matches!(event, Event::StopRequested(_));
+                let stopping =
+                    matches!(event, Event::StopRequested(_) | Event::DeadlineExceeded);
                 let ending = match &event {
-                    Event::Exited(index, _) | Event::StartFailed(index, _) => Some(*index),
+                    Event::Exited(index, ..) | Event::StartFailed(index, _) => Some(*index),
                     _ => None,
                 };
                 for action in pod.transition(event, at(0)) {
@@ -424,7 +472,7 @@ mod totality {
             policy in policies(),
             events in proptest::collection::vec(events(), 0..40),
         ) {
-            let mut pod = machine(policy, &[Sidecar, Init, Sidecar, Main]);
+            let mut pod = watched(policy, &[Sidecar, Init, Sidecar, Main]);
             feed(&mut pod, events);
             let mut todo = pod.transition(Event::StopRequested(GRACE), at(0));
             // What was under way before the stop.
@@ -445,6 +493,9 @@ mod totality {
                     Terminate(index) | Kill(index) => pod.transition(exited(index, 0), at(1)),
                     PowerOff => pod.transition(Event::VmEnded, at(1)),
                     Start(index) => pod.transition(Event::Started(index), at(1)),
+                    Action::PreStop(id, _) => pod.transition(Event::PreStopped(id), at(1)),
+                    Action::PostStart(id) => pod.transition(Event::PostStarted(id, true), at(1)),
+                    Action::Probe(..) | Action::EndAfter(..) => Vec::new(),
                     StartAfter(..) | ArmGrace(_) | Release => Vec::new(),
                 });
             }
