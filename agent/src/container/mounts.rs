@@ -162,18 +162,23 @@ fn sort(options: &[String]) -> Sorted {
     sorted
 }
 
-/// Understands mount number `index` of the specification.
+/// Understands mount number `index` of the specification, for a container with a user namespace of
+/// these mappings, if it has a new one.
 ///
 /// # Errors
 /// [`SpecError::Invalid`] naming the field, e.g. for a file system that is not supported.
-pub(crate) fn plan(index: usize, mount: &Mount) -> Result<MountPlan, SpecError> {
+pub(crate) fn plan(
+    index: usize,
+    mount: &Mount,
+    container: Option<(&[IdMapping], &[IdMapping])>,
+) -> Result<MountPlan, SpecError> {
     let field = |name: &str| format!("mounts[{index}].{name}");
     if !mount.destination.starts_with('/') {
         let reason = "must be absolute";
         return Err(SpecError::invalid(field("destination"), &mount.destination, reason));
     }
     let sorted = sort(&mount.options);
-    let id_map = id_map(mount, sorted.id_map, &field)?;
+    let id_map = id_map(mount, sorted.id_map, container, &field)?;
     let Sorted { attr, recursive_attr, propagation, bind, id_map: _, copy_up, data } = sorted;
     let kind = kind(mount, bind, copy_up, data, &field)?;
     let on_proc = mount.destination.trim_end_matches('/') == "/proc";
@@ -282,18 +287,25 @@ fn split_layers(value: &str) -> Vec<String> {
     parts
 }
 
-/// Understands the mappings of a mount; `option` is that of its options.
+/// Understands the mappings of a mount; `option` is that of its options. Without mappings of its own
+/// it has those of the container.
 fn id_map(
     mount: &Mount,
     option: Option<bool>,
+    container: Option<(&[IdMapping], &[IdMapping])>,
     field: &dyn Fn(&str) -> String,
 ) -> Result<Option<IdMap>, SpecError> {
     let (uids, gids) = (&mount.uid_mappings, &mount.gid_mappings);
     if uids.is_empty() && gids.is_empty() {
-        return match option {
-            None => Ok(None),
-            Some(_) => {
-                let reason = "needs uidMappings and gidMappings of the mount";
+        return match (option, container) {
+            (None, _) => Ok(None),
+            // They have been checked with the namespace.
+            (Some(recursive), Some((uids, gids))) => {
+                Ok(Some(IdMap { uids: uids.to_vec(), gids: gids.to_vec(), recursive }))
+            }
+            (Some(_), None) => {
+                let reason =
+                    "needs uidMappings and gidMappings of the mount, or a new user namespace";
                 Err(SpecError::invalid(field("options"), "idmap", reason))
             }
         };
@@ -321,6 +333,10 @@ fn id_map(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn plan(index: usize, mount: &Mount) -> Result<MountPlan, SpecError> {
+        super::plan(index, mount, None)
+    }
 
     fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
         Mount {
@@ -425,6 +441,13 @@ mod tests {
         let one = &[(0, 1000, 10)][..];
         assert!(!mapped(one, one, &[]).unwrap().unwrap().recursive);
         assert!(mapped(one, one, &["rbind", "ridmap"]).unwrap().unwrap().recursive);
+        let own = IdMapping { container_id: 0, host_id: 5, size: 6 };
+        let inherited =
+            super::plan(3, &mount("bind", "/a", &["idmap"]), Some((&[own], &[own]))).unwrap();
+        let expected = IdMap { uids: vec![own], gids: vec![own], recursive: false };
+        assert_eq!(inherited.id_map, Some(expected));
+        let plain = super::plan(3, &mount("bind", "/a", &[]), Some((&[own], &[own]))).unwrap();
+        assert_eq!(plain.id_map, None);
         for (uids, gids, field) in [
             (one, &[][..], "gidMappings"),
             (&[], one, "uidMappings"),

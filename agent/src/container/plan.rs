@@ -12,6 +12,7 @@ use super::process::{Confinement, ProcessPlan};
 use super::scheduling;
 use super::seccomp::Filter;
 use super::spec::{self, Device, NamespaceKind, Spec, SpecError};
+use super::user_namespace::UserPlan;
 use crate::cgroup::devices::{self, Rule};
 use crate::cgroup::values::{self, Setting};
 use crate::sysctl;
@@ -81,11 +82,15 @@ impl ContainerPlan {
             }
         }
         let namespaces = Namespaces::new(linux)?;
+        let container_map = match &namespaces.user {
+            Some(UserPlan::New { uids, gids }) => Some((uids.as_slice(), gids.as_slice())),
+            Some(UserPlan::Joined(_)) | None => None,
+        };
         let mounts = spec
             .mounts
             .iter()
             .enumerate()
-            .map(|(index, mount)| mounts::plan(index, mount))
+            .map(|(index, mount)| mounts::plan(index, mount, container_map))
             .collect::<Result<_, _>>()?;
         for (field, paths) in [
             ("linux.maskedPaths", &linux.masked_paths),

@@ -423,3 +423,25 @@ async fn a_link_that_is_swapped_meanwhile_never_leads_outside() {
     assert_eq!(places.map(left), before, "something was made outside");
     assert_eq!(guest.run("last", &["echo", "x"]).await.stdout, "x\n");
 }
+
+#[tokio::test]
+async fn an_idmapped_mount_has_the_mappings_of_the_container_unless_it_has_its_own() {
+    let guest = Guest::boot().await;
+    let volume = guest.root().join("run/husk/volumes/v");
+    std::os::unix::fs::chown(volume.join("file"), Some(7), Some(8)).unwrap();
+    let mut spec =
+        base_spec(&["sh", "-c", "stat -c %u:%g /mapped/file /plain/file; touch /mapped/x"]);
+    let namespaces = ["mount", "pid", "ipc", "uts", "cgroup", "user"];
+    spec["linux"]["namespaces"] = namespaces.iter().map(|kind| json!({ "type": kind })).collect();
+    let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    spec["linux"]["uidMappings"] = mappings.clone();
+    spec["linux"]["gidMappings"] = mappings;
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(bind(VOLUME, "/mapped", &["bind", "idmap"]));
+    mounts.push(bind(VOLUME, "/plain", &["bind"]));
+    let run = guest.run_with("a", spec, Options::default()).await;
+    // Without a mapping the owner is somebody whom the container does not have.
+    assert_eq!(run.stdout, "7:8\n65534:65534\n", "{}", run.stderr);
+    let made = std::fs::metadata(volume.join("x")).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&made), 0, "root's on the disk too");
+}
