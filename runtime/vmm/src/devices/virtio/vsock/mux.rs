@@ -517,5 +517,5 @@ fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 #[cfg(test)]
-#[path = "mux_tests.rs"]
+#[path = "mux_tests/mod.rs"]
 mod tests;
