@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex};
 use husk_vmm::GuestMemory;
 use husk_vmm::devices::BusDevice;
 use husk_vmm::devices::virtio::mmio::{MmioTransport, register};
-use husk_vmm::devices::virtio::worker::HostFailure;
 use husk_vmm::devices::virtio::{
     ActivateError, Activation, F_VERSION_1, RING_FEATURES, VirtioDevice, status,
 };
+use husk_vmm::machine::report::channel;
 use libfuzzer_sys::fuzz_target;
 use virtio_queue::QueueT;
 use vm_memory::GuestAddress;
@@ -65,7 +65,8 @@ fuzz_target!(|data: &[u8]| {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_LEN)]).unwrap();
     let held = Arc::new(Mutex::new(None));
     let device = Box::new(Holder { held: held.clone() });
-    let mut window = MmioTransport::new(memory, device, HostFailure::new().unwrap()).unwrap();
+    let (reporter, _reports) = channel().unwrap();
+    let mut window = MmioTransport::new(memory, device, reporter).unwrap();
     let write = |window: &mut MmioTransport, offset, value: u32| {
         window.write(offset, &value.to_le_bytes());
     };

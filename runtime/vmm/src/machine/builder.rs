@@ -37,7 +37,6 @@ use crate::devices::virtio::console::Console;
 use crate::devices::virtio::mmio::{MmioTransport, WINDOW_LEN};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostSink, Vsock, VsockHandle};
-use crate::devices::virtio::worker::HostFailure;
 use crate::memory::{self, MemoryError};
 
 /// The API version that every KVM has had since Linux 2.6.22.
@@ -160,8 +159,6 @@ pub struct Machine {
     pub console: Arc<ConsoleLog>,
     /// To connect to the guest's vsock ports, if the VM has a vsock device.
     pub vsock: Option<VsockHandle>,
-    /// Where devices report that the host let them down.
-    pub failure: HostFailure,
     // Both must live as long as the vCPUs; the process's end is their end.
     _vm: VmFd,
     _memory: GuestMemory,
@@ -224,9 +221,7 @@ pub fn build(
         None => None,
     };
     let console = Arc::new(ConsoleLog::new(console_file, VmConfig::CONSOLE_LOG_CAP));
-    let failure = HostFailure::new()
-        .map_err(|source| BuildError::Device { device: "eventfd".to_owned(), source })?;
-    let mut devices = Devices::new(&vm, &memory, &failure, config);
+    let mut devices = Devices::new(&vm, &memory, &reporter, config);
     devices.add(Box::new(Console::new(console.clone())))?;
     let vsock = match &config.vsock {
         Some(vsock) => {
@@ -242,7 +237,7 @@ pub fn build(
         devices.add(Box::new(open_disk(disk, boot)?))?;
     }
     let exits = Arc::new(ExitCounters::default());
-    devices.add_legacy(config, &console, &reporter, &exits)?;
+    devices.add_legacy(config, &console, &exits)?;
     let Devices { mmio, ports, counters, cmdline, .. } = devices;
     reporter.phase(Phase::Devices);
 
@@ -253,7 +248,7 @@ pub fn build(
 
     let shared = vcpu::Shared { ports: Arc::new(ports), mmio: Arc::new(mmio), exits, reporter };
     let devices = counters;
-    Ok(Machine { vcpus, shared, devices, console, vsock, failure, _vm: vm, _memory: memory })
+    Ok(Machine { vcpus, shared, devices, console, vsock, _vm: vm, _memory: memory })
 }
 
 fn take(
@@ -336,7 +331,7 @@ fn open_disk(disk: &DiskConfig, boot: &mut Received<Request>) -> Result<Blk, Bui
 struct Devices<'a> {
     vm: &'a VmFd,
     memory: &'a GuestMemory,
-    failure: &'a HostFailure,
+    reporter: &'a Reporter,
     mmio: Bus,
     ports: Bus,
     counters: Vec<NamedCounters>,
@@ -348,7 +343,7 @@ impl<'a> Devices<'a> {
     fn new(
         vm: &'a VmFd,
         memory: &'a GuestMemory,
-        failure: &'a HostFailure,
+        reporter: &'a Reporter,
         config: &VmConfig,
     ) -> Self {
         let console = if config.serial_console { CMDLINE_SERIAL } else { CMDLINE_CONSOLE };
@@ -357,13 +352,13 @@ impl<'a> Devices<'a> {
             cmdline = format!("{cmdline} {}", config.cmdline);
         }
         let (mmio, ports, counters) = (Bus::default(), Bus::default(), Vec::new());
-        Devices { vm, memory, failure, mmio, ports, counters, cmdline, count: 0 }
+        Devices { vm, memory, reporter, mmio, ports, counters, cmdline, count: 0 }
     }
 
     /// Adds a virtio device: a window, an interrupt line, an ioeventfd per queue.
     fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
         let name = device.name().to_owned();
-        let transport = MmioTransport::new(self.memory.clone(), device, self.failure.clone())
+        let transport = MmioTransport::new(self.memory.clone(), device, self.reporter.clone())
             .map_err(|source| BuildError::Device { device: name.clone(), source })?;
         let (window, irq) = (layout::mmio_of(self.count), layout::irq_of(self.count));
         self.vm
@@ -387,12 +382,11 @@ impl<'a> Devices<'a> {
         &mut self,
         config: &VmConfig,
         console: &Arc<ConsoleLog>,
-        reporter: &Reporter,
         exits: &Arc<ExitCounters>,
     ) -> Result<(), BuildError> {
-        let reset = ResetLine::new(self.memory.clone(), reporter.clone());
+        let reset = ResetLine::new(self.memory.clone(), self.reporter.clone());
         self.add_port(layout::KEYBOARD_PORT, layout::KEYBOARD_PORT_SIZE, reset)?;
-        let signal = SignalPort::new(reporter.clone(), exits.clone());
+        let signal = SignalPort::new(self.reporter.clone(), exits.clone());
         self.add_port(husk_proto::guest::SIGNAL_PORT.into(), 1, signal)?;
         if config.serial_console {
             let failed = |source| BuildError::Device { device: "serial".to_owned(), source };

@@ -112,12 +112,7 @@ fn run_to_end(
     drop(boot);
     machine.run()?;
     loop {
-        let [requested, reported, failed] =
-            wait([channel.as_fd(), reports.as_fd(), machine.failure.as_fd()])?;
-        if failed {
-            let message = machine.failure.message().unwrap_or_default();
-            return Ok(outcome(Ending::Failure(message), &machine.console));
-        }
+        let [requested, reported] = wait([channel.as_fd(), reports.as_fd()])?;
         if reported && let Some(ending) = forward(channel, phases, &reports) {
             return Ok(outcome(ending, &machine.console));
         }

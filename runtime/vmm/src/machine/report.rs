@@ -57,7 +57,7 @@ struct Shared {
 struct State {
     sender: Sender<VmEvent>,
     phases: Vec<Phase>,
-    ended: bool,
+    ended: Option<Ending>,
 }
 
 /// The receiving half.
@@ -74,7 +74,7 @@ pub struct Reports {
 pub fn channel() -> io::Result<(Reporter, Reports)> {
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let (sender, receiver) = mpsc::channel();
-    let state = Mutex::new(State { sender, phases: Vec::new(), ended: false });
+    let state = Mutex::new(State { sender, phases: Vec::new(), ended: None });
     let shared = Arc::new(Shared { state, wake });
     Ok((Reporter { shared: shared.clone() }, Reports { receiver, shared }))
 }
@@ -93,16 +93,28 @@ impl Reporter {
     /// Reports the VM's end. Later ends are ignored.
     pub fn end(&self, ending: Ending) {
         let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if !state.ended {
-            state.ended = true;
+        if state.ended.is_none() {
+            state.ended = Some(ending.clone());
             self.send(&state, VmEvent::Ended(ending));
         }
+    }
+
+    /// Reports that the host let a thread down: what failed, with its causes. It ends the VM, unless
+    /// something else has.
+    pub fn fail(&self, message: String) {
+        self.end(Ending::Failure(message));
+    }
+
+    /// The end that was reported, if there was one.
+    #[must_use]
+    pub fn ending(&self) -> Option<Ending> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).ended.clone()
     }
 
     /// Whether an end was reported: vCPUs then stop running the guest.
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).ended
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).ended.is_some()
     }
 
     fn send(&self, state: &State, event: VmEvent) {

@@ -29,9 +29,9 @@ use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::chain::Virtqueue;
-use self::worker::HostFailure;
 use crate::GuestMemory;
 use crate::counters::DeviceCounters;
+use crate::machine::report::Reporter;
 
 /// `VIRTIO_F_VERSION_1`: the device is not a legacy one (virtio 1.2, section 6).
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -86,7 +86,7 @@ pub struct Activation {
     /// The features that driver and device agreed on.
     pub features: u64,
     /// Where the worker reports that the host let it down.
-    pub failure: HostFailure,
+    pub reporter: Reporter,
 }
 
 /// What a [`worker::Worker`] needs beside its handler; made by [`Activation::split`].
@@ -97,7 +97,7 @@ pub struct Wiring {
     /// How to tell the guest that it broke the protocol.
     pub interrupt: Interrupt,
     /// Where to report that the host failed.
-    pub failure: HostFailure,
+    pub reporter: Reporter,
 }
 
 impl Activation {
@@ -106,7 +106,7 @@ impl Activation {
     /// # Errors
     /// [`ActivateError::QueueNotReady`] if there are not exactly `N` queues.
     pub fn split<const N: usize>(self) -> Result<([Virtqueue; N], Wiring), ActivateError> {
-        let Activation { memory, queues, interrupt, features, failure } = self;
+        let Activation { memory, queues, interrupt, features, reporter } = self;
         let mut kicks = Vec::with_capacity(N);
         let mut virtqueues = Vec::with_capacity(N);
         for ActiveQueue { queue, kick } in queues {
@@ -116,7 +116,7 @@ impl Activation {
         let virtqueues = virtqueues
             .try_into()
             .map_err(|got: Vec<Virtqueue>| ActivateError::QueueNotReady { queue: got.len() })?;
-        Ok((virtqueues, Wiring { kicks, interrupt, failure }))
+        Ok((virtqueues, Wiring { kicks, interrupt, reporter }))
     }
 }
 

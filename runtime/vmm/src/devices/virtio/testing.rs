@@ -9,7 +9,6 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::chain::Virtqueue;
-use super::worker::HostFailure;
 use super::{Activation, ActiveQueue, F_EVENT_IDX, Interrupt};
 use crate::GuestMemory;
 use crate::counters::DeviceCounters;
@@ -253,7 +252,7 @@ pub(crate) fn activation(drivers: &[&Driver], interrupt: &Interrupt, features: u
         queues: drivers.iter().map(|driver| driver.active_queue(features)).collect(),
         interrupt: interrupt.clone(),
         features,
-        failure: HostFailure::new().unwrap(),
+        reporter: crate::machine::report::channel().unwrap().0,
     }
 }
 

@@ -7,12 +7,11 @@
 //!
 //! - the guest's fault ([`GuestFault`]): the device says `DEVICE_NEEDS_RESET` and the thread ends. It
 //!   touches no queue any more; the driver's reset joins it.
-//! - the host's fault, a panic included: reported to [`HostFailure`], which ends the VM. (The release
+//! - the host's fault, a panic included: reported to the [`Reporter`], which ends the VM. (The release
 //!   profile aborts the process on a panic, which ends the VM too; the report is for other profiles.)
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::thread::JoinHandle;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -21,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::chain::{GuestFault, Progress};
 use super::{ActivateError, Interrupt, Wiring};
+use crate::machine::report::Reporter;
 
 /// Longest name of a thread (`TASK_COMM_LEN` less the terminating zero).
 const MAX_THREAD_NAME: usize = 15;
@@ -159,52 +159,6 @@ impl Poller {
     }
 }
 
-/// Where threads report that the host let them down, so that the machine ends the VM.
-#[derive(Debug, Clone)]
-pub struct HostFailure {
-    inner: Arc<FailureInner>,
-}
-
-#[derive(Debug)]
-struct FailureInner {
-    event: EventFd,
-    /// The first report; what follows is likely its consequence.
-    message: Mutex<Option<String>>,
-}
-
-impl HostFailure {
-    /// No failure yet.
-    ///
-    /// # Errors
-    /// No eventfd could be had.
-    pub fn new() -> io::Result<Self> {
-        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        Ok(HostFailure { inner: Arc::new(FailureInner { event, message: Mutex::new(None) }) })
-    }
-
-    /// Reports a failure: what failed, with its causes. The first report is kept.
-    pub fn report(&self, message: String) {
-        self.inner.message.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
-        if let Err(error) = self.inner.event.write(1) {
-            // Only a full counter: then the event is signalled already.
-            tracing::warn!(%error, "cannot signal a host failure");
-        }
-    }
-
-    /// The failure, if there was one.
-    #[must_use]
-    pub fn message(&self) -> Option<String> {
-        self.inner.message.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-impl AsFd for HostFailure {
-    /// Readable once there is a failure.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        as_fd(&self.inner.event)
-    }
-}
-
 /// `vmm_sys_util`'s eventfd has no `AsFd`.
 #[must_use]
 pub fn as_fd(event: &EventFd) -> BorrowedFd<'_> {
@@ -244,12 +198,12 @@ impl Worker {
 
         let thread_name: String = format!("husk-{name}").chars().take(MAX_THREAD_NAME).collect();
         let device = name.to_owned();
-        let Wiring { kicks, interrupt, failure } = wiring;
+        let Wiring { kicks, interrupt, reporter } = wiring;
         let pending = vec![false; kicks.len()];
         let event_loop = EventLoop { device, poller, kicks, pending, handler };
         let thread = std::thread::Builder::new()
             .name(thread_name)
-            .spawn(move || event_loop.supervise(&interrupt, &failure))
+            .spawn(move || event_loop.supervise(&interrupt, &reporter))
             .map_err(failed("a thread"))?;
         Ok(Worker { stop, thread: Some(thread) })
     }
@@ -264,7 +218,7 @@ impl Drop for Worker {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            // Its panic was reported to `HostFailure` while it unwound.
+            // Its panic was reported while it unwound.
             tracing::error!("a device's worker had panicked");
         }
     }
@@ -280,9 +234,9 @@ struct EventLoop<H> {
 }
 
 impl<H: Handler> EventLoop<H> {
-    fn supervise(self, interrupt: &Interrupt, failure: &HostFailure) {
+    fn supervise(self, interrupt: &Interrupt, reporter: &Reporter) {
         let device = self.device.clone();
-        let _report = ReportPanic { device: &device, failure };
+        let _report = ReportPanic { device: &device, reporter };
         match self.run(interrupt) {
             Ok(()) => {}
             Err(WorkerError::Guest(fault)) => {
@@ -290,7 +244,7 @@ impl<H: Handler> EventLoop<H> {
                 interrupt.signal_needs_reset();
             }
             Err(error @ WorkerError::Host { .. }) => {
-                failure.report(format!("device {device}: {}", chain_of(&error)));
+                reporter.fail(format!("device {device}: {}", chain_of(&error)));
             }
         }
     }
@@ -363,13 +317,13 @@ impl<H: Handler> EventLoop<H> {
 /// Reports when it is dropped by a panic.
 struct ReportPanic<'a> {
     device: &'a str,
-    failure: &'a HostFailure,
+    reporter: &'a Reporter,
 }
 
 impl Drop for ReportPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.failure.report(format!("device {}: its worker panicked", self.device));
+            self.reporter.fail(format!("device {}: its worker panicked", self.device));
         }
     }
 }

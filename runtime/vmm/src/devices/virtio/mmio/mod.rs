@@ -19,13 +19,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use self::queue::{QueueSetup, set_high, set_low};
 use self::status::Transition;
 use super::status::DRIVER_OK;
-use super::worker::HostFailure;
 use super::{
     ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice,
 };
 use crate::GuestMemory;
 use crate::counters::DeviceCounters;
 use crate::devices::BusDevice;
+use crate::machine::report::Reporter;
 
 /// Length of a device's MMIO window in bytes.
 pub const WINDOW_LEN: u64 = 0x1000;
@@ -76,7 +76,7 @@ pub struct MmioTransport {
     memory: GuestMemory,
     device: Box<dyn VirtioDevice>,
     interrupt: Interrupt,
-    failure: HostFailure,
+    reporter: Reporter,
     queues: Vec<QueueSetup>,
     kicks: Vec<EventFd>,
     device_features_sel: u32,
@@ -95,14 +95,14 @@ impl MmioTransport {
     pub const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
 
     /// A transport in front of `device`. A failure of the host while the device works is reported to
-    /// `failure`.
+    /// `reporter`.
     ///
     /// # Errors
     /// The host has no eventfd left.
     pub fn new(
         memory: GuestMemory,
         device: Box<dyn VirtioDevice>,
-        failure: HostFailure,
+        reporter: Reporter,
     ) -> io::Result<Self> {
         let event_fd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let sizes = device.queue_max_sizes();
@@ -113,7 +113,7 @@ impl MmioTransport {
             queues: sizes.iter().map(|size| QueueSetup::new(*size)).collect(),
             kicks,
             interrupt,
-            failure,
+            reporter,
             device,
             device_features_sel: 0,
             driver_features_sel: 0,
@@ -311,7 +311,7 @@ impl MmioTransport {
             queues,
             interrupt: self.interrupt.clone(),
             features,
-            failure: self.failure.clone(),
+            reporter: self.reporter.clone(),
         })?;
         self.active = true;
         Ok(())

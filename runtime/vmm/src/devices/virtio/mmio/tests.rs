@@ -8,6 +8,7 @@ use super::super::status::{ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, FAILED, FEAT
 use super::super::testing::{Buffer, Driver, MEMORY_LEN, is_signalled, memory, wait_until};
 use super::super::{INTERRUPT_CONFIG, INTERRUPT_USED_RING, RING_FEATURES};
 use super::*;
+use crate::machine::report::channel;
 
 const FEATURE: u64 = 1 << 5;
 const NEGOTIATED: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
@@ -71,8 +72,8 @@ impl Guest {
     fn with(fails: bool) -> Self {
         let held = Held::default();
         let device = Box::new(Fake { held: held.clone(), fails });
-        let failure = HostFailure::new().unwrap();
-        Guest { transport: MmioTransport::new(memory(), device, failure).unwrap(), held }
+        let (reporter, _reports) = channel().unwrap();
+        Guest { transport: MmioTransport::new(memory(), device, reporter).unwrap(), held }
     }
 
     fn read(&mut self, offset: u64) -> u32 {
@@ -446,9 +447,9 @@ fn go_live(transport: &mut MmioTransport, driver: &Driver) {
 #[test]
 fn a_real_device_answers_and_interrupts_and_does_so_again_after_a_reset() {
     let memory = memory();
-    let failure = HostFailure::new().unwrap();
+    let (reporter, _reports) = channel().unwrap();
     let mut transport =
-        MmioTransport::new(memory.clone(), Box::new(Rng::new()), failure.clone()).unwrap();
+        MmioTransport::new(memory.clone(), Box::new(Rng::new()), reporter.clone()).unwrap();
     for round in 1..4 {
         let mut driver = Driver::new(&memory, round, 64);
         go_live(&mut transport, &driver);
@@ -465,15 +466,15 @@ fn a_real_device_answers_and_interrupts_and_does_so_again_after_a_reset() {
     }
     let counts = transport.counters().snapshot();
     assert_eq!((counts.kicks, counts.interrupts, counts.bytes_to_guest), (3, 3, 96));
-    assert_eq!(failure.message(), None);
+    assert_eq!(reporter.ending(), None);
 }
 
 #[test]
 fn resets_in_the_middle_of_work_lose_nothing_of_the_host() {
     let memory = memory();
-    let failure = HostFailure::new().unwrap();
+    let (reporter, _reports) = channel().unwrap();
     let mut transport =
-        MmioTransport::new(memory.clone(), Box::new(Rng::new()), failure.clone()).unwrap();
+        MmioTransport::new(memory.clone(), Box::new(Rng::new()), reporter.clone()).unwrap();
     for round in 0..100_u16 {
         // The rings are used again, as a new driver leaves them.
         memory.write_slice(&[0; 0x1_0000], GuestAddress(0x1_0000)).unwrap();
@@ -492,7 +493,7 @@ fn resets_in_the_middle_of_work_lose_nothing_of_the_host() {
         std::thread::yield_now();
         assert_eq!(driver.used_idx(), used, "nobody touches the rings after a reset");
     }
-    assert_eq!(failure.message(), None);
+    assert_eq!(reporter.ending(), None);
 }
 
 #[derive(Debug, Clone)]

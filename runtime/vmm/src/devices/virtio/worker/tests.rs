@@ -1,9 +1,12 @@
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::super::testing::{interrupt, is_signalled, wait_until};
+use super::super::testing::{interrupt, wait_until};
 use super::super::{Interrupt, status};
 use super::*;
+use crate::machine::report::{Ending, Reports, VmEvent, channel};
 
 type OnKick = Box<dyn FnMut(usize) -> Result<Progress, WorkerError> + Send>;
 
@@ -40,7 +43,8 @@ struct Rig {
     worker: Worker,
     kicks: Vec<EventFd>,
     interrupt: Interrupt,
-    failure: HostFailure,
+    reporter: Reporter,
+    reports: Reports,
 }
 
 fn start(on_kick: OnKick) -> Rig {
@@ -49,15 +53,15 @@ fn start(on_kick: OnKick) -> Rig {
 
 fn start_with(on_kick: OnKick, watched: Option<UnixStream>, ready: Arc<AtomicU32>) -> Rig {
     let kicks: Vec<EventFd> = (0..2).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
-    let (interrupt, failure) = (interrupt(), HostFailure::new().unwrap());
+    let (interrupt, (reporter, reports)) = (interrupt(), channel().unwrap());
     let wiring = Wiring {
         kicks: kicks.iter().map(|kick| kick.try_clone().unwrap()).collect(),
         interrupt: interrupt.clone(),
-        failure: failure.clone(),
+        reporter: reporter.clone(),
     };
     let worker =
         Worker::spawn("a-rather-long-name", wiring, Scripted { on_kick, watched, ready }).unwrap();
-    Rig { worker, kicks, interrupt, failure }
+    Rig { worker, kicks, interrupt, reporter, reports }
 }
 
 #[test]
@@ -109,7 +113,7 @@ fn a_guest_fault_needs_a_reset_and_ends_the_thread_only() {
     rig.kicks[0].write(1).unwrap();
     wait_until(|| rig.interrupt.status() == status::DEVICE_NEEDS_RESET);
     drop(rig.worker);
-    assert_eq!(rig.failure.message(), None);
+    assert_eq!(rig.reporter.ending(), None);
 }
 
 #[test]
@@ -118,13 +122,10 @@ fn a_host_failure_is_reported_with_its_cause() {
         Err(WorkerError::Host { what: "frob", source: io::Error::other("no frobs left") })
     }));
     rig.kicks[0].write(1).unwrap();
-    wait_until(|| rig.failure.message().is_some());
+    wait_until(|| rig.reporter.ending().is_some());
     drop(rig.worker);
-    assert_eq!(
-        rig.failure.message().unwrap(),
-        "device a-rather-long-name: cannot frob: no frobs left"
-    );
-    assert!(is_signalled(&rig.failure.inner.event));
+    let failure = Ending::Failure("device a-rather-long-name: cannot frob: no frobs left".into());
+    assert_eq!(rig.reports.drain(), [VmEvent::Ended(failure)]);
     assert_eq!(rig.interrupt.status(), 0, "the guest did nothing wrong");
 }
 
@@ -132,9 +133,10 @@ fn a_host_failure_is_reported_with_its_cause() {
 fn a_panic_is_reported() {
     let rig = start(Box::new(|_| panic!("a bug")));
     rig.kicks[0].write(1).unwrap();
-    wait_until(|| rig.failure.message().is_some());
+    wait_until(|| rig.reporter.ending().is_some());
     drop(rig.worker);
-    assert!(rig.failure.message().unwrap().contains("panicked"));
+    let ending = rig.reporter.ending().unwrap();
+    assert!(matches!(&ending, Ending::Failure(why) if why.contains("panicked")), "{ending:?}");
 }
 
 #[test]
