@@ -82,6 +82,7 @@ fn create(request: &wire::CreateContainerRequest) -> Result<(), Box<dyn Error>> 
     let pod = PodInfo {
         hostname: "pod".to_owned(),
         filesystems: BTreeMap::from([("base".to_owned(), true), ("scratch".to_owned(), false)]),
+        ..PodInfo::default()
     };
     crate::container::check_name("id", &request.id)?;
     let plan = plan(&request.id, &request.spec, &pod.hostname)?;

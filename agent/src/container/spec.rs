@@ -411,12 +411,21 @@ fn strict<'de, T: Deserialize<'de>>(json: &[u8]) -> Result<T, SpecError> {
     if unread.is_empty() { Ok(parsed) } else { Err(SpecError::Unsupported(unread)) }
 }
 
-/// The path of a field as people write it: without the marks that the library puts for `Option`,
-/// and with a word for the whole.
+/// The path of a field as people write it: `mounts[7].source`, without the marks that the library
+/// puts for `Option`, and with a word for the whole.
 fn field_name(path: &str) -> String {
     match path {
         "." => "the document".to_owned(),
-        path => path.replace(".?", ""),
+        path => {
+            let is_index =
+                |part: &str| !part.is_empty() && part.bytes().all(|c| c.is_ascii_digit());
+            let join = |path: String, part: &str| match path.is_empty() {
+                true => part.to_owned(),
+                false if is_index(part) => format!("{path}[{part}]"),
+                false => format!("{path}.{part}"),
+            };
+            path.replace(".?", "").split('.').fold(String::new(), join)
+        }
     }
 }
 
@@ -512,6 +521,12 @@ mod tests {
             let message = error(&with(pointer, field, value));
             assert_eq!(message, format!("not supported: `{path}`"));
         }
+    }
+
+    #[test]
+    fn an_element_of_an_array_is_named_by_its_number() {
+        let message = error(&with("", "mounts", json!([{"destination": "/x", "x": 1}])));
+        assert_eq!(message, "not supported: `mounts[0].x`");
     }
 
     #[test]

@@ -20,6 +20,9 @@ use tonic::transport::{Channel, Endpoint};
 /// Nothing here depends on a time; this only ends what hangs.
 const LIMIT: Duration = Duration::from_secs(300);
 
+/// The group that owns the volume.
+pub(crate) const FS_GROUP: u32 = 1234;
+
 pub(crate) type Client = AgentClient<Channel>;
 
 /// Set if there are virtio disks with the serials `base` (erofs, holding what [`make_layer`] makes)
@@ -159,7 +162,7 @@ pub(crate) fn setup_request(fs_group: Option<u32>) -> wire::SetupPodRequest {
 }
 
 /// The layer of an image: a static busybox, and traps.
-fn make_layer(base: &Path) {
+pub(crate) fn make_layer(base: &Path) {
     let busybox = Path::new("/bin/busybox");
     assert!(busybox.exists(), "the tests need a static busybox (Debian: busybox-static)");
     for directory in ["bin", "etc", "links", "tmp", "proc", "dev", "sys"] {
@@ -235,7 +238,7 @@ impl Guest {
             .await
             .unwrap();
         let mut client = AgentClient::new(channel);
-        let pod = client.setup_pod(setup_request(Some(1234))).await.unwrap().into_inner();
+        let pod = client.setup_pod(setup_request(Some(FS_GROUP))).await.unwrap().into_inner();
         assert!(!pod.kernel_release.is_empty() && pod.init_ns <= pod.ready_ns);
         let guest = Self {
             directory,
@@ -255,10 +258,15 @@ impl Guest {
         guest
     }
 
+    /// The agent's directory in /proc, as seen from outside.
+    pub(crate) fn agent(&self) -> PathBuf {
+        let agent = fs::read_to_string(self.cgroup.join("agent/cgroup.procs")).unwrap();
+        PathBuf::from(format!("/proc/{}", agent.lines().next().unwrap()))
+    }
+
     /// The agent's root directory, as seen from outside.
     pub(crate) fn root(&self) -> PathBuf {
-        let agent = fs::read_to_string(self.cgroup.join("agent/cgroup.procs")).unwrap();
-        PathBuf::from(format!("/proc/{}/root", agent.lines().next().unwrap()))
+        self.agent().join("root")
     }
 
     /// The directory of the volume `v`, as seen from outside.
