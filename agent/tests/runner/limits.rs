@@ -164,20 +164,21 @@ async fn resources_that_the_kernel_does_not_take_are_refused_by_name() {
     ] {
         let mut spec = base_spec(&["true"]);
         spec["linux"]["resources"] = resources;
-        let error = guest.try_create("a", spec, Options::default()).await.unwrap_err();
+        let error = guest.try_create("refused", spec, Options::default()).await.unwrap_err();
         assert!(error.message().contains(field), "{field}: {error}");
         assert_eq!(error.code(), Code::InvalidArgument, "{error}");
-        assert!(guest.nothing_left("a"));
+        assert!(guest.nothing_left("refused"));
     }
 }
 
-/// The numbers of a disk that this machine has.
+/// The numbers of a disk that this machine has and can write to.
 fn disk() -> (u32, u32) {
     let numbers = std::fs::read_dir("/sys/block")
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.join("device").exists())
         .filter(|path| std::fs::read_to_string(path.join("size")).unwrap().trim() != "0")
+        .filter(|path| std::fs::read_to_string(path.join("ro")).unwrap().trim() == "0")
         .find_map(|path| std::fs::read_to_string(path.join("dev")).ok())
         .expect("a disk");
     let (major, minor) = numbers.trim().split_once(':').unwrap();
