@@ -126,7 +126,7 @@ async fn input_of_any_size_arrives_whole_and_ends() {
 /// Runs every fourth container from `first` on.
 async fn write_and_check(guest: Arc<Guest>, expected: Arc<String>, first: usize, count: usize) {
     for number in (first..count).step_by(4) {
-        let id = format!("c{number}");
+        let id = format!("many-{number}");
         let script = format!("cat /data/bytes; exit {}", number % 100);
         let run = guest.run_with(&id, with_volume(&script), Options::default()).await;
         assert!(run.stdout == *expected, "{id}: {} bytes", run.stdout.len());
