@@ -41,11 +41,11 @@ mod progress;
 mod pull;
 mod reference;
 mod store;
-mod tar;
 
 pub use digest::{Digest, DigestError};
 pub use document::{DocumentError, Platform, PlatformError};
 pub use erofs::{TreeError, WriteError};
+pub use husk_archive::tar::TarError;
 pub use import::{ImportError, ImportOptions, Imported};
 pub use layer::{LayerError, PathFault};
 pub use limits::Limits;
@@ -53,4 +53,3 @@ pub use progress::{Event, NoProgress, Progress};
 pub use pull::{Credentials, PullError, PullOptions};
 pub use reference::{Reference, ReferenceError};
 pub use store::{Collected, Image, ImageSummary, Layer, Store, StoreError};
-pub use tar::TarError;

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use super::ImportError;
-use crate::tar::{EntryKind, TarReader};
+use husk_archive::tar::{EntryKind, TarReader};
 
 /// Files that an archive may have: some per layer, and one per image.
 const MAX_FILES: usize = 100_000;

@@ -16,7 +16,7 @@ use crate::limits::Limits;
 use crate::progress::{Event, NoProgress, Progress};
 use crate::reference::{Reference, ReferenceError};
 use crate::store::{Store, StoreError};
-use crate::tar::TarError;
+use husk_archive::tar::TarError;
 
 /// How deep indexes may refer to indexes.
 pub(crate) const MAX_INDEX_DEPTH: u32 = 4;

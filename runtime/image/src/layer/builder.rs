@@ -8,7 +8,7 @@ use super::{LayerError, lossy};
 use crate::erofs::{
     BlobStats, BlobWriter, Metadata, NodeId, NodeKind, Tree, TreeError, TreeLimits, encode_device,
 };
-use crate::tar::{Entry, EntryData, EntryKind};
+use husk_archive::tar::{Entry, EntryData, EntryKind};
 
 /// What overlayfs takes for "nothing of the lower layers shows through this directory".
 const OPAQUE_XATTR: &[u8] = b"trusted.overlay.opaque";

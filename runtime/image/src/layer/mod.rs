@@ -11,7 +11,7 @@ use std::io::{self, BufReader, Read, Seek, Write};
 use crate::digest::{Digest, Meter, RatioLimit};
 use crate::erofs::{BlobStats, BlobWriter, TreeError, WriteError};
 use crate::limits::Limits;
-use crate::tar::{TarError, TarReader};
+use husk_archive::tar::{TarError, TarReader};
 
 use builder::LayerBuilder;
 pub use paths::PathFault;

@@ -1,6 +1,6 @@
 //! Paths of a layer's entries, and the names in them that mean something else.
 
-use crate::tar::Entry;
+use husk_archive::tar::Entry;
 
 /// Why a path has no place in a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -87,7 +87,7 @@ pub(super) fn components(path: &[u8]) -> Result<Vec<&[u8]>, PathFault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tar::EntryKind;
+    use husk_archive::tar::EntryKind;
 
     fn classify(path: &str) -> Result<String, PathFault> {
         let entry = Entry {

@@ -3,11 +3,12 @@
 //! Understands what image builders write: ustar, pax and GNU long names. Metadata is bounded
 //! before it is allocated ([`MAX_PAX_BYTES`], [`MAX_PATH`]); file data is never held. Fields that
 //! the entry's type does not use are ignored, as Go's archive/tar does, so that a layer means the
-//! same here as to other runtimes. Not for writing, and nothing here touches a file system.
+//! same here as to other runtimes. Nothing here touches a file system.
 
 mod header;
 mod pax;
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
 mod tests;
 
 use std::io::{self, Read};
@@ -16,9 +17,9 @@ use header::{BLOCK, RawHeader};
 use pax::PaxRecords;
 
 /// Longest path, and longest target of a link, in bytes: Linux' PATH_MAX without its NUL.
-pub(crate) const MAX_PATH: usize = 4095;
+pub const MAX_PATH: usize = 4095;
 /// Longest pax header of one entry. Holds the longest attribute values that Linux allows.
-pub(crate) const MAX_PAX_BYTES: u64 = 1 << 20;
+pub const MAX_PAX_BYTES: u64 = 1 << 20;
 /// How many headers (pax, long names) may precede the one they are about.
 const MAX_EXTENSION_HEADERS: u32 = 16;
 
@@ -102,7 +103,7 @@ pub enum TarError {
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum EntryKind {
+pub enum EntryKind {
     /// A regular file, with `size` bytes of data.
     Regular,
     /// Another name for an earlier file, `link`.
@@ -121,7 +122,7 @@ pub(crate) enum EntryKind {
 
 /// One entry, with everything that extension headers said about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub struct Entry {
     /// Where its header is in the stream.
     pub offset: u64,
     /// Its type.
@@ -148,7 +149,7 @@ pub(crate) struct Entry {
 
 /// Reads entries one after the other from a stream.
 #[derive(Debug)]
-pub(crate) struct TarReader<R> {
+pub struct TarReader<R> {
     inner: R,
     /// Bytes read from `inner`.
     offset: u64,
@@ -161,7 +162,7 @@ pub(crate) struct TarReader<R> {
 
 impl<R: Read> TarReader<R> {
     /// Reads small pieces: `inner` should be buffered.
-    pub(crate) fn new(inner: R) -> Self {
+    pub fn new(inner: R) -> Self {
         Self { inner, offset: 0, data_left: 0, padding: 0, finished: false }
     }
 
@@ -170,7 +171,7 @@ impl<R: Read> TarReader<R> {
     ///
     /// # Errors
     /// See [`TarError`]. The reader is not to be used after an error.
-    pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
+    pub fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
         if self.finished {
             return Ok(None);
         }
@@ -208,18 +209,18 @@ impl<R: Read> TarReader<R> {
     }
 
     /// The data of the current entry, up to its end.
-    pub(crate) fn data(&mut self) -> EntryData<'_, R> {
+    pub fn data(&mut self) -> EntryData<'_, R> {
         EntryData { reader: self }
     }
 
     /// Bytes of the stream that have been read: right after an entry, where its data starts.
-    pub(crate) fn position(&self) -> u64 {
+    pub fn position(&self) -> u64 {
         self.offset
     }
 
     /// Skips the data of the current entry by means of the stream below: `seek` moves it forward
     /// by so many bytes. That they exist is not checked.
-    pub(crate) fn seek_past_data(&mut self, seek: impl FnOnce(&mut R, u64)) {
+    pub fn seek_past_data(&mut self, seek: impl FnOnce(&mut R, u64)) {
         let left = self.data_left.saturating_add(self.padding);
         (self.data_left, self.padding) = (0, 0);
         self.offset = self.offset.saturating_add(left);
@@ -227,7 +228,7 @@ impl<R: Read> TarReader<R> {
     }
 
     /// The stream below, for what follows the archive's end.
-    pub(crate) fn into_inner(self) -> R {
+    pub fn into_inner(self) -> R {
         self.inner
     }
 
@@ -322,7 +323,7 @@ impl TarError {
 
 /// Reads the data of one entry. The stream's end inside it is an error, never a short file.
 #[derive(Debug)]
-pub(crate) struct EntryData<'reader, R> {
+pub struct EntryData<'reader, R> {
     reader: &'reader mut TarReader<R>,
 }
 

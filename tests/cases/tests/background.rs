@@ -1,0 +1,338 @@
+//! Pods in the background, for real: what commands see of them, and what is left of them. The guest
+//! half of each test is its manifest. Few pods, each for many things, because each takes seconds.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use husk_cases::pods::Husk;
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
+use serde_json::Value;
+
+/// husk and a pod of a name that no other test uses; the pod is removed when this is dropped.
+struct Pod {
+    husk: &'static Husk,
+    name: &'static str,
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        if let Err(error) = self.husk.output(&["rm", "-f", self.name]) {
+            eprintln!("{} stays: {error:#}", self.name);
+        }
+    }
+}
+
+impl Pod {
+    /// Starts a pod of these containers, in YAML.
+    fn up(name: &'static str, containers: &str, options: &[&str]) -> Result<Pod> {
+        let manifest = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\nspec:\n  \
+             restartPolicy: Never\n  terminationGracePeriodSeconds: 20\n  containers:\n{containers}"
+        );
+        let pod = Pod { husk: Husk::shared()?, name };
+        let mut args = vec!["run", "-d"];
+        args.extend(options);
+        args.push("-");
+        let mut child = pod
+            .husk
+            .command(&args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        child.stdin.take().context("no input")?.write_all(manifest.as_bytes())?;
+        let output = child.wait_with_output()?;
+        ensure!(output.status.success(), "{}", text(&output.stderr));
+        ensure!(text(&output.stdout) == format!("{name}\n"), "{}", text(&output.stdout));
+        Ok(pod)
+    }
+
+    /// Runs a command on it that must succeed; its standard output.
+    fn ok(&self, args: &[&str]) -> Result<String> {
+        let output = self.husk.output(args)?;
+        ensure!(output.status.success(), "{args:?}: {} {}", output.status, text(&output.stderr));
+        Ok(text(&output.stdout))
+    }
+
+    fn exec(&self, args: &[&str]) -> Result<Output> {
+        self.husk.output(&[&["exec", self.name], args].concat())
+    }
+
+    fn inspect(&self) -> Result<Value> {
+        let all: Value = serde_json::from_str(&self.ok(&["inspect", self.name])?)?;
+        Ok(all[0].clone())
+    }
+
+    fn holder(&self) -> Result<Pid> {
+        let pid = self.inspect()?["pod"]["pid"].as_i64().context("no process")?;
+        Pid::from_raw(pid.try_into()?).context("PID 0")
+    }
+
+    /// The VMM that the holder started.
+    fn vmm(&self) -> Result<Pid> {
+        let holder = self.holder()?.as_raw_nonzero();
+        for thread in std::fs::read_dir(format!("/proc/{holder}/task"))? {
+            let children = std::fs::read_to_string(thread?.path().join("children"))?;
+            if let Some(child) = children.split_whitespace().next() {
+                return Pid::from_raw(child.parse()?).context("PID 0");
+            }
+        }
+        anyhow::bail!("the holder has no child")
+    }
+
+    fn until(&self, what: &str, mut done: impl FnMut(&Pod) -> Result<bool>) -> Result<()> {
+        for _ in 0..600 {
+            if done(self)? {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        anyhow::bail!("never: {what}")
+    }
+
+    /// Removes it; nothing of it is left then.
+    fn gone(self) -> Result<()> {
+        let pod = self.inspect()?;
+        let uid = pod["pod"]["uid"].as_str().context("no uid")?.to_owned();
+        self.ok(&["rm", self.name])?;
+        for dir in [self.husk.state().join("pods"), "/run/husk/pods".into()] {
+            for entry in std::fs::read_dir(&dir)? {
+                let name = entry?.file_name();
+                ensure!(!name.to_string_lossy().contains(&uid), "{name:?} is left in {dir:?}");
+            }
+        }
+        ensure!(!std::fs::read_to_string("/proc/net/unix")?.contains(&uid), "a socket is left");
+        ensure!(!std::fs::read_to_string("/proc/mounts")?.contains(&uid), "a mount is left");
+        for process in std::fs::read_dir("/proc")? {
+            let command = std::fs::read_to_string(process?.path().join("cmdline"));
+            let of_pod = format!("default/{}", self.name);
+            ensure!(!command.is_ok_and(|c| c.contains(&of_pod)), "a process is left");
+        }
+        Ok(())
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn alive(pid: Pid) -> bool {
+    std::path::Path::new(&format!("/proc/{}/exe", pid.as_raw_nonzero())).exists()
+}
+
+/// A terminal: what a person has, and what the command gets.
+fn terminal(columns: u16, rows: u16) -> Result<(File, File)> {
+    use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
+    let person: OwnedFd = openpt(flags)?;
+    grantpt(&person)?;
+    unlockpt(&person)?;
+    let command = ioctl_tiocgptpeer(&person, flags)?;
+    let size = Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(&command, size)?;
+    Ok((person.into(), command.into()))
+}
+
+/// Reads what is shown until these words.
+fn read_until(from: &mut File, words: &str) -> Result<String> {
+    let mut seen = String::new();
+    let mut buffer = [0; 1024];
+    while !seen.contains(words) {
+        let n = from.read(&mut buffer)?;
+        ensure!(n > 0, "never showed {words:?}: {seen}");
+        seen.push_str(&text(&buffer[..n]));
+    }
+    Ok(seen)
+}
+
+const TWO: &str = "  - name: main
+    image: localhost/husk/busybox:test
+    command: [sh, -c, 'trap \"echo asked; exit 3\" TERM; echo up; while :; do sleep 0.2; done']
+  - name: shell
+    image: localhost/husk/busybox:test
+    command: [sh, -c, 'trap \"exit 0\" TERM; while read line; do echo got $line; done; sleep 1000']
+    stdin: true
+    tty: true
+";
+
+#[test]
+fn commands_work_on_a_pod_in_the_background() -> Result<()> {
+    let pod = Pod::up("background", TWO, &[])?;
+    let list = pod.ok(&["ps"])?;
+    ensure!(list.contains("background") && list.contains("2/2"), "{list}");
+    pod.until("the first line", |pod| Ok(pod.ok(&["logs", "-c", "main", pod.name])? == "up\n"))?;
+
+    // Exit codes are exact, and so are the words.
+    for (command, code) in
+        [("exit 0", 0), ("exit 42", 42), ("kill -KILL $$", 137), ("kill -TERM $$", 143)]
+    {
+        let output = pod.exec(&["sh", "-c", command])?;
+        ensure!(output.status.code() == Some(code), "{command}: {:?}", output.status);
+    }
+    let missing = pod.exec(&["/no/such"])?;
+    ensure!(missing.status.code() == Some(127), "{}", text(&missing.stderr));
+    let directory = pod.exec(&["/etc"])?;
+    ensure!(directory.status.code() == Some(126), "{}", text(&directory.stderr));
+    let who = pod.ok(&[
+        "exec",
+        "-u",
+        "7:8",
+        "-w",
+        "/tmp",
+        "-e",
+        "A=b",
+        pod.name,
+        "sh",
+        "-c",
+        "id -u; id -g; pwd; echo $A; hostname",
+    ])?;
+    ensure!(who == "7\n8\n/tmp\nb\nbackground\n", "{who}");
+
+    // What goes in comes out.
+    let input: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[1] ^ 0x5a).collect();
+    let mut cat = pod
+        .husk
+        .command(&["exec", "-i", pod.name, "cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut stdin = cat.stdin.take().context("no input")?;
+    let sent = input.clone();
+    let writing = std::thread::spawn(move || stdin.write_all(&sent));
+    let mut got = Vec::new();
+    cat.stdout.take().context("no output")?.read_to_end(&mut got)?;
+    writing.join().map_err(|_| anyhow::anyhow!("the writer panicked"))??;
+    ensure!(got == input && cat.wait()?.success(), "{} of {}", got.len(), input.len());
+
+    what_is_told(&pod)?;
+    terminals(&pod)?;
+
+    pod.ok(&["stop", pod.name])?;
+    let ended = pod.inspect()?;
+    ensure!(ended["status"]["phase"] == "Failed", "{ended:#}");
+    ensure!(pod.ok(&["logs", "-c", "main", pod.name])? == "up\nasked\n");
+    ensure!(pod.husk.output(&["wait", pod.name])?.status.code() == Some(3));
+    let events = pod.ok(&["events", "--no-follow", pod.name])?;
+    ensure!(events.contains("main Exited (3)"), "{events}");
+    pod.gone()
+}
+
+/// Lists, statistics, the console; pauses.
+fn what_is_told(pod: &Pod) -> Result<()> {
+    let console = pod.ok(&["console", pod.name])?;
+    ensure!(console.contains("Linux version 6."), "{console}");
+    let top = pod.ok(&["top", pod.name])?;
+    ensure!(top.contains("sleep") && top.contains("shell"), "{top}");
+
+    // 64 MiB that are the container's, and stay.
+    pod.ok(&["exec", pod.name, "sh", "-c", "head -c 64M /dev/zero > /dev/shm/ballast"])?;
+    let stats: Value =
+        serde_json::from_str(&pod.ok(&["stats", "--no-stream", "--output", "json", pod.name])?)?;
+    let told = stats["containers"].as_array().into_iter().flatten();
+    let told = told.clone().find(|container| container["name"] == "main").context("no main")?;
+    let told = told["memory"].as_u64().context("no memory")?;
+    let seen: u64 =
+        pod.ok(&["exec", pod.name, "cat", "/sys/fs/cgroup/memory.current"])?.trim().parse()?;
+    ensure!(told.abs_diff(seen) * 20 <= seen, "told {told}, the guest says {seen}");
+    ensure!(told > 64 << 20, "{told}");
+
+    pod.ok(&["pause", "-c", "main", pod.name])?;
+    pod.ok(&["unpause", "-c", "main", pod.name])?;
+    Ok(())
+}
+
+/// exec -it and attach on a terminal: its size, its keys, and its settings afterwards.
+fn terminals(pod: &Pod) -> Result<()> {
+    let settings =
+        |terminal: &File| -> Result<String> { Ok(format!("{:?}", tcgetattr(terminal)?)) };
+    let (mut person, command) = terminal(97, 31)?;
+    let before = settings(&command)?;
+    let mut exec = pod
+        .husk
+        .command(&["exec", "-it", pod.name, "sh", "-c", "stty size; read x; stty size; exit 6"])
+        .stdin(command.try_clone()?)
+        .stdout(command.try_clone()?)
+        .stderr(command.try_clone()?)
+        .spawn()?;
+    read_until(&mut person, "31 97")?;
+    let size = Winsize { ws_col: 55, ws_row: 22, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(&command, size)?;
+    // The kernel tells the terminal's foreground; this command is in none.
+    kill_process(Pid::from_child(&exec), Signal::WINCH)?;
+    std::thread::sleep(Duration::from_secs(1));
+    person.write_all(b"\r")?;
+    read_until(&mut person, "22 55")?;
+    ensure!(exec.wait()?.code() == Some(6));
+    ensure!(settings(&command)? == before, "the terminal was left changed");
+
+    let mut attach = pod
+        .husk
+        .command(&["attach", "-c", "shell", pod.name])
+        .stdin(command.try_clone()?)
+        .stdout(command.try_clone()?)
+        .stderr(command.try_clone()?)
+        .spawn()?;
+    std::thread::sleep(Duration::from_secs(1));
+    person.write_all(b"hello\r")?;
+    read_until(&mut person, "got hello")?;
+    // ctrl-p ctrl-q
+    person.write_all(b"\x10\x11")?;
+    ensure!(attach.wait()?.code() == Some(0));
+    ensure!(settings(&command)? == before, "the terminal was left changed");
+
+    // Ended by a signal, it is put right as well.
+    let mut exec = pod
+        .husk
+        .command(&["attach", "-c", "shell", pod.name])
+        .stdin(command.try_clone()?)
+        .stdout(command.try_clone()?)
+        .stderr(command.try_clone()?)
+        .spawn()?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(settings(&command)? != before, "it is not raw");
+    kill_process(Pid::from_child(&exec), Signal::TERM)?;
+    exec.wait()?;
+    ensure!(settings(&command)? == before, "the terminal was left changed");
+    Ok(())
+}
+
+const WAITS: &str = "  - name: main
+    image: localhost/husk/busybox:test
+    command: [sh, -c, 'echo up; sleep 1000']
+";
+
+#[test]
+fn a_killed_vmm_fails_the_pod_and_its_record_tells_why() -> Result<()> {
+    let pod = Pod::up("vmm-killed", WAITS, &[])?;
+    let vmm = pod.vmm()?;
+    let mut exec = pod.husk.command(&["exec", pod.name, "sleep", "1000"]).spawn()?;
+    std::thread::sleep(Duration::from_secs(1));
+    kill_process(vmm, Signal::KILL)?;
+    ensure!(pod.husk.output(&["wait", pod.name])?.status.code() == Some(125));
+    ensure!(exec.wait()?.code() == Some(125), "the exec is told");
+    let status = pod.inspect()?["status"].clone();
+    ensure!(status["phase"] == "Failed" && status["reason"] == "VmLost", "{status:#}");
+    ensure!(pod.ok(&["logs", pod.name])? == "up\n", "the log stays");
+    ensure!(pod.ok(&["console", pod.name])?.contains("Linux version"), "the console stays");
+    pod.gone()
+}
+
+#[test]
+fn a_killed_holder_takes_the_vm_with_it_and_rm_cleans_up() -> Result<()> {
+    let pod = Pod::up("holder-killed", WAITS, &[])?;
+    let (holder, vmm) = (pod.holder()?, pod.vmm()?);
+    kill_process(holder, Signal::KILL)?;
+    pod.until("the VMM is gone", |_| Ok(!alive(vmm) && !alive(holder)))?;
+    let status = pod.inspect()?["status"].clone();
+    ensure!(status["phase"] == "Failed" && status["reason"] == "HolderLost", "{status:#}");
+    ensure!(status["containers"][0]["state"]["terminated"]["exitCode"] == 137, "{status:#}");
+    ensure!(pod.ok(&["ps", "-a"])?.contains("HolderLost"));
+    ensure!(!pod.ok(&["ps"])?.contains("holder-killed"));
+    ensure!(pod.husk.output(&["exec", pod.name, "true"])?.status.code() == Some(125));
+    pod.gone()
+}
