@@ -4,6 +4,7 @@
 //! undone where it was made if a later step fails, and otherwise by [`lifecycle`]'s delete.
 
 mod caps;
+pub(crate) mod copy;
 mod copy_up;
 mod create;
 pub(crate) mod events;

@@ -6,8 +6,9 @@ use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status};
 
 use super::Agent;
-use super::status::{container_status, volume_status};
+use super::status::{container_status, copy_status, volume_status};
 use crate::container::StartFailure;
+use crate::container::copy::Direction;
 use crate::epoch_ns;
 use crate::probe;
 use crate::storage;
@@ -223,16 +224,22 @@ impl Service for Agent {
 
     async fn copy_out(
         &self,
-        _: Request<wire::CopyOutRequest>,
+        request: Request<wire::CopyOutRequest>,
     ) -> Result<Response<wire::CopyOutResponse>, Status> {
-        Err(Status::unimplemented("copy_out"))
+        let wire::CopyOutRequest { container_id, path, port } = request.into_inner();
+        let copied = self.runner.copy(&container_id, path, port, Direction::Out).await;
+        let bytes = copied.map_err(|e| copy_status(&e))?;
+        Ok(Response::new(wire::CopyOutResponse { bytes }))
     }
 
     async fn copy_in(
         &self,
-        _: Request<wire::CopyInRequest>,
+        request: Request<wire::CopyInRequest>,
     ) -> Result<Response<wire::CopyInResponse>, Status> {
-        Err(Status::unimplemented("copy_in"))
+        let wire::CopyInRequest { container_id, path, port } = request.into_inner();
+        let copied = self.runner.copy(&container_id, path, port, Direction::In).await;
+        let bytes = copied.map_err(|e| copy_status(&e))?;
+        Ok(Response::new(wire::CopyInResponse { bytes }))
     }
 
     type WatchEventsStream = std::pin::Pin<

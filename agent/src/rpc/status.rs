@@ -7,6 +7,7 @@ use tonic::{Code, Status};
 use crate::cgroup::{CgroupError, UpdateError};
 use crate::chain;
 use crate::container::ContainerError;
+use crate::container::copy::CopyError;
 use crate::pod::PodError;
 use crate::storage::StorageError;
 
@@ -47,6 +48,18 @@ pub(super) fn container_status(error: &ContainerError) -> Status {
         E::Stdio(_) | E::Step(_) | E::Reported(_) | E::Died | E::OutOfMemory => Code::Internal,
     };
     Status::new(code, chain(error as &dyn Error))
+}
+
+/// The status of an archive that was not carried.
+pub(super) fn copy_status(error: &CopyError) -> Status {
+    let code = match error {
+        CopyError::Container(error) => return container_status(error),
+        CopyError::Path(_) => Code::InvalidArgument,
+        CopyError::NotFound { .. } => Code::NotFound,
+        CopyError::NotADirectory(_) => Code::FailedPrecondition,
+        CopyError::Failed(_) | CopyError::Killed => Code::Internal,
+    };
+    Status::new(code, chain(error))
 }
 
 #[cfg(test)]

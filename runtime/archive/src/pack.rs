@@ -56,13 +56,18 @@ fn read<E: Into<io::Error>>(path: &[u8]) -> impl FnOnce(E) -> PackError {
 
 /// Writes the file or tree that `file` (which may be opened with O_PATH) is, as `name` in the
 /// archive. Hard links become files of their own; sockets, pipes and devices in a tree are left out.
-/// A file that shrinks meanwhile is filled up with zeros. Needs `/proc`. Returns the archive's size
-/// in bytes.
+/// A file that shrinks meanwhile is filled up with zeros. `owner`, if given, is named as the owner
+/// (user and group) of everything. Needs `/proc`. Returns the archive's size in bytes.
 ///
 /// # Errors
 /// [`PackError`].
-pub fn pack(file: BorrowedFd<'_>, name: &[u8], to: impl Write) -> Result<u64, PackError> {
-    let mut packer = Packer { to: TarWriter::new(to) };
+pub fn pack(
+    file: BorrowedFd<'_>,
+    name: &[u8],
+    owner: Option<(u32, u32)>,
+    to: impl Write,
+) -> Result<u64, PackError> {
+    let mut packer = Packer { to: TarWriter::new(to), owner };
     let stat = fstat(file).map_err(read(name))?;
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => {
@@ -95,23 +100,25 @@ const FILE: OFlags = OFlags::RDONLY
 
 struct Packer<W> {
     to: TarWriter<W>,
-}
-
-/// What a header says of a file with this status.
-fn about<'a>(stat: &Stat, kind: EntryKind, path: &'a [u8]) -> Header<'a> {
-    Header {
-        kind,
-        path,
-        link: b"",
-        mode: stat.st_mode & 0o7777,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
-        mtime: u64::try_from(stat.st_mtime).unwrap_or(0),
-        size: 0,
-    }
+    owner: Option<(u32, u32)>,
 }
 
 impl<W: Write> Packer<W> {
+    /// What a header says of a file with this status.
+    fn about<'a>(&self, stat: &Stat, kind: EntryKind, path: &'a [u8]) -> Header<'a> {
+        let (uid, gid) = self.owner.unwrap_or((stat.st_uid, stat.st_gid));
+        Header {
+            kind,
+            path,
+            link: b"",
+            mode: stat.st_mode & 0o7777,
+            uid,
+            gid,
+            mtime: u64::try_from(stat.st_mtime).unwrap_or(0),
+            size: 0,
+        }
+    }
+
     fn directory(
         &mut self,
         dir: OwnedFd,
@@ -123,7 +130,8 @@ impl<W: Write> Packer<W> {
             return Err(PackError::TooDeep { path: text(path) });
         }
         let named = [path, b"/"].concat();
-        self.to.header(&about(stat, EntryKind::Directory, &named)).map_err(PackError::Write)?;
+        let header = self.about(stat, EntryKind::Directory, &named);
+        self.to.header(&header).map_err(PackError::Write)?;
         let entries = Dir::read_from(&dir).map_err(read(path))?;
         for entry in entries {
             let entry = entry.map_err(read(path))?;
@@ -166,7 +174,7 @@ impl<W: Write> Packer<W> {
 
     fn link(&mut self, stat: &Stat, path: &[u8], target: &CStr) -> Result<(), PackError> {
         let link = target.to_bytes();
-        let header = Header { link, ..about(stat, EntryKind::Symlink, path) };
+        let header = Header { link, ..self.about(stat, EntryKind::Symlink, path) };
         self.to.header(&header).map_err(PackError::Write)
     }
 
@@ -180,7 +188,7 @@ impl<W: Write> Packer<W> {
             return Ok(());
         }
         let mut left = u64::try_from(stat.st_size).unwrap_or(0);
-        let header = Header { size: left, ..about(&stat, EntryKind::Regular, path) };
+        let header = Header { size: left, ..self.about(&stat, EntryKind::Regular, path) };
         self.to.header(&header).map_err(PackError::Write)?;
         let mut buffer = vec![0; 64 * 1024];
         while left > 0 {

@@ -271,7 +271,7 @@ mod tests {
 
     fn packed(path: &Path, name: &str) -> Vec<u8> {
         let mut archive = Vec::new();
-        let size = pack(open(path).as_fd(), name.as_bytes(), &mut archive).unwrap();
+        let size = pack(open(path).as_fd(), name.as_bytes(), None, &mut archive).unwrap();
         assert_eq!(size, archive.len() as u64);
         archive
     }

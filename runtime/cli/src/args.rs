@@ -12,6 +12,7 @@ use husk_engine::storage::DEFAULT_SCRATCH_BYTES;
 use crate::pods::attach::AttachArgs;
 use crate::pods::completion::CompletionArgs;
 use crate::pods::console::ConsoleArgs;
+use crate::pods::cp::CpArgs;
 use crate::pods::events::EventsArgs;
 use crate::pods::exec::ExecArgs;
 use crate::pods::inspect::InspectArgs;
@@ -57,6 +58,7 @@ pub(crate) enum Command {
     Logs(LogsArgs),
     Exec(ExecArgs),
     Attach(AttachArgs),
+    Cp(CpArgs),
     Stop(StopArgs),
     Kill(KillArgs),
     Wait(WaitArgs),

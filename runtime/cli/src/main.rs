@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         Command::Logs(args) => pods::logs::run(&global, &args),
         Command::Exec(args) => pods::exec::run(&global, args),
         Command::Attach(args) => pods::attach::run(&global, &args),
+        Command::Cp(args) => pods::cp::run(&global, &args),
         Command::Stop(args) => pods::stop::run(&global, &args),
         Command::Kill(args) => pods::kill::run(&global, &args),
         Command::Wait(args) => pods::wait::run(&global, &args),

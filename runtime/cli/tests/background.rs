@@ -424,6 +424,39 @@ fn what_pods_use_and_run_is_told() {
 }
 
 #[test]
+fn files_are_copied_both_ways() {
+    let host = Background::new();
+    host.up(&pod("p", &[("main", "sleep 600")]));
+    // The stand-in's containers see this host's files.
+    let (here, there) = (host.0.path("here"), host.0.path("there"));
+    std::fs::create_dir_all(here.join("tree/deep")).unwrap();
+    std::fs::create_dir(&there).unwrap();
+    let content: Vec<u8> = (0..300_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+    std::fs::write(here.join("tree/deep/file"), &content).unwrap();
+    let in_pod = |path: &str| format!("p:{}", there.join(path).display());
+    let tree = here.join("tree");
+    // Into a directory, under a new name, and once more over it.
+    for (to, file) in [("", "tree/deep/file"), ("new", "new/deep/file"), ("", "tree/deep/file")] {
+        host.ok(&["cp", tree.to_str().unwrap(), &in_pod(to)]);
+        assert_eq!(std::fs::read(there.join(file)).unwrap(), content, "{to:?}");
+    }
+    let back = here.join("back");
+    host.ok(&["cp", &in_pod("tree"), back.to_str().unwrap()]);
+    assert_eq!(std::fs::read(back.join("deep/file")).unwrap(), content);
+    host.ok(&["cp", &in_pod("tree/deep/file"), back.to_str().unwrap()]);
+    assert_eq!(std::fs::read(back.join("file")).unwrap(), content);
+    for (from, to) in [
+        (in_pod("none"), "x".to_owned()),
+        ("/no/such".to_owned(), in_pod("x")),
+        (tree.to_str().unwrap().to_owned(), in_pod("no/such/x")),
+        ("a".to_owned(), "b".to_owned()),
+        ("p:/a".to_owned(), "p:/b".to_owned()),
+    ] {
+        assert_eq!(host.code(&["cp", &from, &to]), Some(125), "{from} {to}");
+    }
+}
+
+#[test]
 fn pausing_stops_the_processes_where_they_are() {
     let host = Background::new();
     host.up(&pod("p", &[("main", "while :; do echo tick; sleep 0.05; done")]));
