@@ -14,8 +14,8 @@ use crate::args::Global;
 
 /// Show the log of a pod's guest kernel
 ///
-/// It is what the virtual machine wrote to its console: the kernel's messages and those of the agent
-/// in it. It stays with the pod until `husk rm`.
+/// It is what the virtual machine wrote to its console: warnings and worse of the kernel and of the
+/// agent in it, so usually nothing. It stays with the pod until `husk rm`.
 #[derive(Debug, Args)]
 pub(crate) struct ConsoleArgs {
     /// Go on with what is written until the pod has ended

@@ -137,9 +137,13 @@ fn copy_out(found: &Found, container: &str, path: &str, target: &Path) -> anyhow
         };
         loop {
             match answers.message().await {
-                // When it is not taken any more, its taker says why.
-                Ok(Some(piece)) if to.send(piece.data).await.is_ok() => {}
-                Ok(Some(_) | None) => break,
+                Ok(Some(piece)) => {
+                    if to.send(piece.data).await.is_err() {
+                        // It is not taken any more: the thread says why.
+                        break;
+                    }
+                }
+                Ok(None) => break,
                 Err(status) => {
                     drop(to);
                     return Ok(Some(status));
@@ -161,7 +165,7 @@ fn copy_out(found: &Found, container: &str, path: &str, target: &Path) -> anyhow
 /// The pieces of an archive as a stream.
 struct Pieces {
     pieces: mpsc::Receiver<Vec<u8>>,
-    /// What is left of the last one, reversed by position: its beginning has been read.
+    /// What was not read of the last one.
     rest: Vec<u8>,
 }
 
@@ -224,15 +228,8 @@ fn send(
     to.try_send(CopyInRequest { message: Some(Message::Start(start)) })?;
     let name = name.to_owned();
     let packing = std::thread::Builder::new().name("pack".into()).spawn(move || {
-        let mut to = BufWriter::with_capacity(PIECE, Requests(Some(to)));
-        let packed = pack(source.as_fd(), &name, Some((0, 0)), &mut to);
-        if packed.is_err()
-            && let Ok(mut requests) = to.into_inner()
-        {
-            // Not as if it were the end: the archive is cut off in the midst of a block.
-            requests.0 = None;
-        }
-        packed
+        let to = BufWriter::with_capacity(PIECE, Requests(to));
+        pack(source.as_fd(), &name, Some((0, 0)), to)
     })?;
     let answer = block_on(async {
         let mut pod = connect(found).await?;
@@ -250,16 +247,15 @@ fn send(
 }
 
 /// A stream as requests.
-struct Requests(Option<mpsc::Sender<CopyInRequest>>);
+struct Requests(mpsc::Sender<CopyInRequest>);
 
 impl Write for Requests {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let piece = bytes.get(..PIECE).unwrap_or(bytes);
         let message = Some(Message::Data(piece.to_vec()));
-        let sent = self.0.as_ref().map(|to| to.blocking_send(CopyInRequest { message }));
-        match sent {
-            Some(Ok(())) => Ok(piece.len()),
-            _ => Err(io::ErrorKind::BrokenPipe.into()),
+        match self.0.blocking_send(CopyInRequest { message }) {
+            Ok(()) => Ok(piece.len()),
+            Err(_) => Err(io::ErrorKind::BrokenPipe.into()),
         }
     }
 

@@ -68,7 +68,10 @@ mod tests {
 
     #[test]
     fn durations_and_times_are_understood() {
-        let ago = |text: &str| SystemTime::now().duration_since(since(text).unwrap()).unwrap();
+        let ago = |text: &str| {
+            let past = since(text).unwrap();
+            SystemTime::now().duration_since(past).unwrap()
+        };
         assert_eq!(ago("1h30m").as_secs(), 5400);
         assert_eq!(ago("2d").as_secs(), 172_800);
         let time = since("2026-01-02T15:04:05Z").unwrap();
