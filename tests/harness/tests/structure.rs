@@ -7,14 +7,15 @@ use std::process::Command;
 use serde_json::Value;
 
 /// What each crate of the product may depend on, of our own. Dependencies point one way.
-const ALLOWED: [(&str, &[&str]); 7] = [
-    ("husk", &["husk-engine", "husk-image"]),
+const ALLOWED: [(&str, &[&str]); 8] = [
+    ("husk", &["husk-archive", "husk-engine", "husk-image"]),
     ("husk-engine", &["husk-image", "husk-proto", "husk-vmm-api"]),
-    ("husk-image", &[]),
+    ("husk-archive", &[]),
+    ("husk-image", &["husk-archive"]),
     ("husk-vmm", &["husk-proto", "husk-vmm-api"]),
     ("husk-vmm-api", &[]),
     ("husk-proto", &[]),
-    ("husk-agent", &["husk-proto"]),
+    ("husk-agent", &["husk-archive", "husk-proto"]),
 ];
 
 /// Two versions of one of these in the tree, and types that should be the same are not.
