@@ -19,6 +19,8 @@ mod limits;
 mod mounts;
 #[path = "runner/namespaces.rs"]
 mod namespaces;
+#[path = "runner/probe.rs"]
+mod probe;
 #[path = "runner/process.rs"]
 mod process;
 #[path = "runner/seccomp.rs"]
