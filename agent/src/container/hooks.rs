@@ -303,9 +303,19 @@ mod tests {
         let error = hook(&script, Some(1)).run("").unwrap_err();
         assert_eq!(error.to_string(), "not done after 1 s");
         let pid = std::fs::read_to_string(path).unwrap();
-        // Killed; what remains of it, if anything, is a zombie that nobody has reaped yet.
-        let state = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
-        assert!(state.is_err() || state.is_ok_and(|s| s.contains(") Z ")));
+        // Killed; what remains of it, if anything, is a zombie that nobody has reaped yet. It need not
+        // have got round to dying.
+        let gone = || {
+            let state = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+            state.is_err() || state.is_ok_and(|s| s.contains(") Z "))
+        };
+        for _ in 0..1000 {
+            if gone() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("process {pid} lives");
     }
 
     #[test]
