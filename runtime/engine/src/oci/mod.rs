@@ -7,6 +7,7 @@
 pub(crate) mod capability;
 mod environment;
 mod expansion;
+pub mod hooks;
 mod limits;
 mod mounts;
 pub mod signal;
