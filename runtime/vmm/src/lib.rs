@@ -39,7 +39,6 @@ pub mod counters;
 pub mod devices;
 pub mod machine;
 pub mod memory;
-pub mod probe;
 
 /// Guest memory: shared by reference between vCPUs and devices.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

@@ -7,7 +7,7 @@
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
-use husk_vmm::{machine, probe};
+use husk_vmm::machine;
 
 const HELP: &str = "\
 husk-vmm: runs one microVM for a pod's process; started by husk, not by hand
@@ -80,7 +80,7 @@ fn start_log() {
 }
 
 fn probe(kvm: OwnedFd) -> ExitCode {
-    let result = probe::run(kvm);
+    let result = husk_kvm_probe::run(kvm);
     let detail = match &result {
         Ok(()) => "KVM runs guest code".to_owned(),
         Err(error) => {
