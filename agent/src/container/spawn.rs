@@ -148,11 +148,16 @@ impl Runner {
         cgroup: Arc<super::Remains>,
         reaped: oneshot::Receiver<Reaped>,
     ) {
+        // A process that could not be started frees its name before it is reaped: the next of that name
+        // must not be taken for it.
+        let Ok(pid) = lock(&self.table).process(id, exec).map(|process| process.pid) else {
+            return;
+        };
         let (runner, id, exec) = (self.clone(), id.to_owned(), exec.to_owned());
         tokio::spawn(async move {
             // The reaper lives as long as the agent.
             let Ok(reaped) = reaped.await else { return };
-            let Some(ended) = runner.mark_ended(&id, &exec, &cgroup.cgroup) else { return };
+            let Some(ended) = runner.mark_ended(&id, &exec, pid, &cgroup.cgroup) else { return };
             let Ended { relay, outcome, oom_killed } = ended;
             if !relay.drain().await {
                 tracing::warn!(
@@ -172,9 +177,12 @@ impl Runner {
     }
 
     /// Records that a process has ended. None if it is in the table no longer.
-    fn mark_ended(&self, id: &str, exec: &str, cgroup: &Cgroup) -> Option<Ended> {
+    fn mark_ended(&self, id: &str, exec: &str, pid: u32, cgroup: &Cgroup) -> Option<Ended> {
         let mut table = lock(&self.table);
         let container = table.containers.get_mut(id)?;
+        if container.process(exec)?.pid != pid {
+            return None;
+        }
         if exec == MAIN {
             if let Err(error) = container.apply(id, Event::Exited) {
                 tracing::error!(%error, "a process ended twice");

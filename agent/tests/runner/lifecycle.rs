@@ -198,3 +198,19 @@ async fn statistics_have_the_interfaces_and_a_time() {
     assert!(stats.at_ns > 0 && stats.memory_total > stats.memory_available);
     assert_eq!(stats.containers.iter().map(|c| c.id.as_str()).collect::<Vec<_>>(), ["a"]);
 }
+
+/// The process that could not be started may still have to be reaped when its name is taken again.
+#[tokio::test]
+async fn a_name_that_is_free_again_is_not_taken_for_what_had_it_before() {
+    let guest = Guest::boot().await;
+    guest.start("a", base_spec(&["sleep", "1000"]), Options::default()).await;
+    for round in 0..30 {
+        let name = format!("e{round}");
+        assert_eq!(guest.exec_failure("a", &name, exec_process(&["nope"])).await.exit_code, 127);
+        let run = guest.exec("a", &name, exec_process(&["echo", "x"])).await.unwrap();
+        assert_eq!((run.stdout.as_str(), run.exit.exit_code), ("x\n", 0));
+        assert_eq!(guest.create_failure("b", base_spec(&["nope"])).await.exit_code, 127);
+        assert_eq!(guest.run("b", &["echo", "y"]).await.stdout, "y\n");
+        guest.delete("b").await;
+    }
+}
