@@ -6,6 +6,8 @@
 //! Run: `cargo test -p husk-agent --features runner-tests --test runner`.
 #![allow(missing_docs)]
 
+#[path = "runner/copy.rs"]
+mod copy;
 #[path = "runner/files.rs"]
 mod files;
 mod guest;

@@ -283,7 +283,7 @@ impl Guest {
         self.client.clone().unwrap()
     }
 
-    fn listen(&self) -> (u32, UnixListener) {
+    pub(crate) fn listen(&self) -> (u32, UnixListener) {
         let port = self.next_port.fetch_add(1, Ordering::Relaxed);
         (port, UnixListener::bind(self.directory.path().join(port.to_string())).unwrap())
     }
