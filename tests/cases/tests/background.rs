@@ -234,8 +234,8 @@ fn what_is_told(pod: &Pod) -> Result<()> {
     let top = pod.ok(&["top", pod.name])?;
     ensure!(top.contains("sleep") && top.contains("shell"), "{top}");
 
-    // 64 MiB that are the container's, and stay.
-    pod.ok(&["exec", pod.name, "sh", "-c", "head -c 64M /dev/zero > /dev/shm/ballast"])?;
+    // 32 MiB that are the container's, and stay.
+    pod.ok(&["exec", pod.name, "sh", "-c", "head -c 33554432 /dev/zero > /dev/shm/ballast"])?;
     let stats: Value =
         serde_json::from_str(&pod.ok(&["stats", "--no-stream", "--output", "json", pod.name])?)?;
     let told = stats["containers"].as_array().into_iter().flatten();
@@ -244,7 +244,7 @@ fn what_is_told(pod: &Pod) -> Result<()> {
     let seen: u64 =
         pod.ok(&["exec", pod.name, "cat", "/sys/fs/cgroup/memory.current"])?.trim().parse()?;
     ensure!(told.abs_diff(seen) * 20 <= seen, "told {told}, the guest says {seen}");
-    ensure!(told > 64 << 20, "{told}");
+    ensure!(told > 32 << 20, "{told}");
 
     pod.ok(&["pause", "-c", "main", pod.name])?;
     pod.ok(&["unpause", "-c", "main", pod.name])?;

@@ -47,7 +47,7 @@ pub enum ClientError {
     },
     /// It refused, or is gone.
     #[error("{}", text(.0))]
-    Refused(#[from] Box<Status>),
+    Refused(Box<Status>),
 }
 
 impl From<Status> for ClientError {
