@@ -411,5 +411,6 @@ fn plan(paths: &Config) -> Result<Layout> {
         .map(|layer| Layer { diff_id: layer.diff_id.to_string(), file: layer.file })
         .collect();
     let spec = spec.first().context("the manifest has no pod")?;
-    Ok(storage::layout(spec, &[("main".to_owned(), layers)].into(), paths.scratch_bytes)?)
+    let layers = [("main".to_owned(), layers)].into();
+    Ok(storage::layout(spec, "bench", &layers, paths.scratch_bytes)?)
 }
