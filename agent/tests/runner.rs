@@ -287,7 +287,8 @@ async fn an_added_process_can_have_a_terminal_and_input() {
     let mut streams = guest.start_exec("a", "e", process, options).await.unwrap();
     streams.read_until("/dev/pts/").await;
     streams.write(b"line\n").await;
-    assert!(streams.rest().await.contains("got line\r\n"));
+    let rest = streams.rest().await;
+    assert!(rest.contains("got line\r\n"), "{rest:?}");
     assert_eq!(guest.wait("a", "e").await.exit_code, 4);
 }
 
