@@ -15,7 +15,7 @@ use super::report::{self, Ending, Reports, VmEvent};
 use crate::devices::virtio::vsock::{HostBusy, HostSink};
 
 /// Lines of the guest's log that an error report carries.
-const LOG_TAIL_LINES: usize = 20;
+const LOG_TAIL_LINES: usize = 40;
 
 /// Why a VM cannot be run on.
 #[derive(Debug, thiserror::Error)]
