@@ -66,6 +66,7 @@ pub fn run() -> ExitCode {
     let init_ns = monotonic_ns();
     let outcome = boot::run(&host).map_err(|e| chain(&e)).and_then(|()| {
         start_log();
+        container::let_the_containers_go_first().map_err(|e| format!("be scheduled: {e}"))?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()

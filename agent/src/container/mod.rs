@@ -54,6 +54,7 @@ use events::{Events, OomWatch};
 pub(crate) use lookup::StartFailure;
 use plan::ContainerPlan;
 use process::StepError;
+pub(crate) use scheduling::let_the_containers_go_first;
 pub(crate) use seccomp::Instruction as FilterInstruction;
 use spawn::Gate;
 use spec::SpecError;

@@ -59,6 +59,10 @@ const BATCH: u32 = 3;
 const IDLE: u32 = 5;
 const DEADLINE: u32 = 6;
 
+/// How a process is scheduled that is not told otherwise.
+const DEFAULT: SchedAttr =
+    SchedAttr { policy: OTHER, flags: 0, nice: 0, priority: 0, runtime: 0, deadline: 0, period: 0 };
+
 /// `SCHED_FLAG_*` of linux/sched.h.
 const FLAGS: [(&str, u64); 5] = [
     ("SCHED_FLAG_RESET_ON_FORK", 0x01),
@@ -222,6 +226,17 @@ pub(crate) fn personality(given: &Personality) -> Result<u32, SpecError> {
     }
 }
 
+/// Lets the agent's thread, and the threads that it starts, run when they have something to do
+/// without taking the CPU from whoever made that so: a process that writes line by line is not
+/// interrupted at each, but when its pipe is full, it waits, or its slice is over, and its output
+/// travels in large pieces. Latency while the CPU has nothing else to do is the same.
+///
+/// # Errors
+/// What the kernel answers.
+pub(crate) fn let_the_containers_go_first() -> std::io::Result<()> {
+    sys::sched_setattr(&SchedAttr { policy: BATCH, ..DEFAULT })
+}
+
 /// Keeps the agent on some CPUs until it is dropped.
 pub(crate) struct OnCpus {
     before: Option<CpuSet>,
@@ -263,9 +278,8 @@ pub(crate) fn apply(
     if let Some(cpus) = cpus {
         rustix::thread::sched_setaffinity(None, cpus).map_err(step("execCPUAffinity.final"))?;
     }
-    if let Some(attr) = scheduler {
-        sys::sched_setattr(attr).map_err(step("scheduler"))?;
-    }
+    // Also without a scheduler in the configuration: the agent's own is not for its children.
+    sys::sched_setattr(scheduler.unwrap_or(&DEFAULT)).map_err(step("scheduler"))?;
     if let Some(priority) = io_priority {
         sys::ioprio_set(priority).map_err(step("ioPriority"))?;
     }

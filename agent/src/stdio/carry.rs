@@ -11,7 +11,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
-use super::BUFFER_BYTES;
+use super::buffer::Buffer;
 
 /// What is delivered after that: the most that a pipe can hold (/proc/sys/fs/pipe-max-size, which
 /// an ordinary process cannot exceed), so that nothing is lost that was written before the end.
@@ -77,7 +77,7 @@ pub(super) async fn to_host(
             }
             () = closed(&mut closing) => true,
         };
-        let mut buffer = vec![0_u8; BUFFER_BYTES];
+        let mut buffer = Buffer::take();
         loop {
             let bytes = match source.try_read(&mut buffer) {
                 Ok(0) => {
@@ -154,7 +154,7 @@ pub(super) async fn from_host_to_pipe(
 ) -> io::Result<()> {
     loop {
         socket.readable().await?;
-        let mut buffer = vec![0_u8; BUFFER_BYTES];
+        let mut buffer = Buffer::take();
         match socket.try_read(&mut buffer) {
             Ok(0) => return Ok(()),
             Ok(count) => pipe.write_all(buffer.get(..count).unwrap_or_default()).await?,
@@ -171,7 +171,7 @@ pub(super) async fn from_host_to_terminal(
 ) -> io::Result<()> {
     loop {
         socket.readable().await?;
-        let mut buffer = vec![0_u8; BUFFER_BYTES];
+        let mut buffer = Buffer::take();
         let mut rest = match socket.try_read(&mut buffer) {
             Ok(0) => return Ok(()),
             Ok(count) => buffer.get(..count).unwrap_or_default(),

@@ -2,13 +2,14 @@
 //! other.
 //!
 //! Back-pressure: output is read from the process only after the host took what was read before, so
-//! that a reader that stops grows nobody's memory: there is at most one buffer of [`BUFFER_BYTES`]
+//! that a reader that stops grows nobody's memory: there is at most one buffer of [`buffer::BYTES`]
 //! for each stream, and none while a stream is idle.
 //!
 //! A process has ended for its client when all that it wrote was taken. What delays that is bounded:
 //! a descendant that keeps the output open by [`DRAIN_LIMIT`], a host that does not read by
 //! [`carry::READER_LIMIT`] more.
 
+mod buffer;
 mod carry;
 
 use std::io;
@@ -29,9 +30,6 @@ use carry::{Source, from_host_to_pipe, from_host_to_terminal, to_host};
 
 use crate::sys;
 use crate::transport::{ConnectError, Transport};
-
-/// The most that is in the agent for one stream: as much as a pipe holds.
-const BUFFER_BYTES: usize = 64 * 1024;
 
 /// How long a process that has ended waits for the end of its output, which comes at once unless a
 /// descendant of it lives on and holds its output open, or the host reads slowly.

@@ -26,6 +26,16 @@ async fn the_scheduler_is_that_of_the_specification() {
 }
 
 #[tokio::test]
+async fn without_a_scheduler_the_agents_own_is_not_inherited() {
+    let guest = Guest::boot().await;
+    let spec = base_spec(&["sh", "-c", &format!("{SCHEDULED}; sleep 1000")]);
+    let mut streams = guest.start("a", spec, Options::default()).await;
+    streams.read_until("0 0 0\n").await;
+    let run = guest.exec("a", "e", exec_process(&["sh", "-c", SCHEDULED])).await.unwrap();
+    assert_eq!(run.stdout, "0 0 0\n", "{}", run.stderr);
+}
+
+#[tokio::test]
 async fn an_exec_is_scheduled_as_its_container_unless_it_says_otherwise() {
     let guest = Guest::boot().await;
     let mut spec = base_spec(&["sleep", "1000"]);

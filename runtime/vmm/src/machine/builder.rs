@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use husk_vmm_api::{ChannelError, DiskConfig, Phase, Received, Request, VmConfig};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{self, ConfigError};
@@ -221,7 +221,7 @@ pub fn build(
         None => None,
     };
     let console = Arc::new(ConsoleLog::new(console_file, VmConfig::CONSOLE_LOG_CAP));
-    let mut devices = Devices::new(&vm, &memory, &reporter, config);
+    let mut devices = Devices::new(&vm, &memory, &reporter, config)?;
     devices.add(Box::new(Console::new(console.clone())))?;
     let vsock = match &config.vsock {
         Some(vsock) => {
@@ -337,6 +337,8 @@ struct Devices<'a> {
     counters: Vec<NamedCounters>,
     cmdline: String,
     count: u32,
+    /// Where the guest's acknowledgements of interrupts end: nobody reads it.
+    acks: EventFd,
 }
 
 impl<'a> Devices<'a> {
@@ -345,17 +347,21 @@ impl<'a> Devices<'a> {
         memory: &'a GuestMemory,
         reporter: &'a Reporter,
         config: &VmConfig,
-    ) -> Self {
+    ) -> Result<Self, BuildError> {
         let console = if config.serial_console { CMDLINE_SERIAL } else { CMDLINE_CONSOLE };
         let mut cmdline = format!("{CMDLINE} {console}");
         if !config.cmdline.is_empty() {
             cmdline = format!("{cmdline} {}", config.cmdline);
         }
         let (mmio, ports, counters) = (Bus::default(), Bus::default(), Vec::new());
-        Devices { vm, memory, reporter, mmio, ports, counters, cmdline, count: 0 }
+        let acks = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
+            BuildError::Device { device: "interrupt acknowledgement".to_owned(), source }
+        })?;
+        Ok(Devices { vm, memory, reporter, mmio, ports, counters, cmdline, count: 0, acks })
     }
 
-    /// Adds a virtio device: a window, an interrupt line, an ioeventfd per queue.
+    /// Adds a virtio device: a window, an interrupt line, an ioeventfd per queue and one for the
+    /// acknowledgements.
     fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
         let name = device.name().to_owned();
         let transport = MmioTransport::new(self.memory.clone(), device, self.reporter.clone())
@@ -364,6 +370,10 @@ impl<'a> Devices<'a> {
         self.vm
             .register_irqfd(transport.interrupt_line(), irq)
             .map_err(kvm_error("register an interrupt"))?;
+        let ack = IoEventAddress::Mmio(window.saturating_add(MmioTransport::INTERRUPT_ACK));
+        self.vm
+            .register_ioevent(&self.acks, &ack, NoDatamatch)
+            .map_err(kvm_error("register an interrupt's acknowledgement"))?;
         let notify = IoEventAddress::Mmio(window.saturating_add(MmioTransport::QUEUE_NOTIFY));
         for (queue, kick) in (0_u32..).zip(transport.queue_kicks()) {
             self.vm

@@ -167,7 +167,7 @@ pub mod status {
 
 /// A device's interrupt line to the guest, and its way to say that it needs a reset.
 ///
-/// Shared between the transport (which answers `InterruptStatus`, `InterruptACK` and `Status`) and
+/// Shared between the transport (which answers `InterruptStatus` and `Status`) and
 /// the device's worker.
 #[derive(Debug, Clone)]
 pub struct Interrupt {
@@ -239,21 +239,16 @@ impl Interrupt {
         self.inner.status.load(Ordering::SeqCst)
     }
 
-    /// `InterruptStatus` as the driver reads it.
-    #[must_use]
-    pub fn pending(&self) -> u32 {
-        self.inner.pending.load(Ordering::SeqCst)
+    /// The transport's: `InterruptStatus` as the driver reads it, which takes the bits away; see
+    /// [`MmioTransport::INTERRUPT_ACK`](mmio::MmioTransport::INTERRUPT_ACK).
+    pub(crate) fn take_pending(&self) -> u32 {
+        self.inner.pending.swap(0, Ordering::SeqCst)
     }
 
     /// The transport's: the driver set `Status` bits. Bits are only ever added, so that a worker's
     /// `DEVICE_NEEDS_RESET` at the same time is not lost.
     pub(crate) fn add_status(&self, bits: u32) {
         self.inner.status.fetch_or(bits, Ordering::SeqCst);
-    }
-
-    /// The transport's: the driver acknowledged these `InterruptStatus` bits.
-    pub(crate) fn acknowledge(&self, bits: u32) {
-        self.inner.pending.fetch_and(!bits, Ordering::SeqCst);
     }
 
     /// The transport's: the device was reset. Its worker must be joined already.
