@@ -56,7 +56,7 @@ impl Runner {
         let remains = Arc::new(Remains { cgroup, layer, directory });
         let result = async {
             // What a guest that died left on a disk that outlived it.
-            self.remove_layer(&remains).await?;
+            self.discard(&remains.layer)?;
             let overlay = make_directories(&remains, &rootfs.lower)?;
             devices::attach(remains.cgroup.fd(), &plan.device_rules)
                 .map_err(step("linux.resources.devices"))?;
@@ -159,7 +159,7 @@ impl Runner {
     pub(super) async fn clear(&self, remains: &Remains) -> Result<(), ContainerError> {
         // All steps are tried, so that one that fails does not keep the others' remains.
         let cgroup = remains.cgroup.remove().await;
-        let layer = self.remove_layer(remains).await;
+        let layer = self.discard(&remains.layer);
         let directory = match fs::remove_dir_all(&remains.directory) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result.map_err(step("remove the container's directory")),
@@ -169,43 +169,6 @@ impl Runner {
         directory?;
         Ok(())
     }
-
-    /// Removes a writable layer, if it is there.
-    async fn remove_layer(&self, remains: &Remains) -> Result<(), StepError> {
-        if !remains.layer.exists() {
-            return Ok(());
-        }
-        // It can hold any number of files, but most hold next to nothing.
-        if is_small(&remains.layer).map_err(step("look at the writable layer"))? {
-            return fs::remove_dir_all(&remains.layer).map_err(step("remove the writable layer"));
-        }
-        let path = remains.layer.clone();
-        self.in_child("remove the writable layer", move || fs::remove_dir_all(path)).await
-    }
-}
-
-/// Whether a tree is so small that its removal holds up nobody.
-fn is_small(tree: &Path) -> io::Result<bool> {
-    const ENTRIES: usize = 128;
-    /// In blocks of 512 bytes: freeing much takes time too.
-    const BLOCKS: u64 = 32 << 11;
-    let (mut entries, mut blocks): (usize, u64) = (0, 0);
-    let mut directories = vec![tree.to_owned()];
-    while let Some(directory) = directories.pop() {
-        for entry in fs::read_dir(directory)? {
-            let entry = entry?;
-            let metadata = entry.metadata()?;
-            entries = entries.saturating_add(1);
-            blocks = blocks.saturating_add(metadata.blocks());
-            if entries > ENTRIES || blocks > BLOCKS {
-                return Ok(false);
-            }
-            if metadata.is_dir() {
-                directories.push(entry.path());
-            }
-        }
-    }
-    Ok(true)
 }
 
 /// Checks the names of a container's layers.
@@ -258,22 +221,4 @@ fn make_directories(remains: &Remains, lower: &[String]) -> Result<Overlay, Step
         work: text(&work),
         target: text(&target),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_what_is_small_is_removed_at_once() {
-        let root = tempfile::tempdir().unwrap();
-        fs::create_dir_all(root.path().join("work/work/incompat")).unwrap();
-        std::os::unix::fs::symlink("/", root.path().join("work/elsewhere")).unwrap();
-        assert!(is_small(root.path()).unwrap(), "links are not followed");
-        for file in 0..200 {
-            fs::write(root.path().join(file.to_string()), "").unwrap();
-        }
-        assert!(!is_small(root.path()).unwrap());
-        assert!(is_small(&root.path().join("missing")).is_err());
-    }
 }

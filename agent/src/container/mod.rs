@@ -7,6 +7,7 @@ mod caps;
 pub(crate) mod copy;
 mod copy_up;
 mod create;
+mod discard;
 pub(crate) mod events;
 mod exec;
 #[cfg(feature = "fuzzing")]

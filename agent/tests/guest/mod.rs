@@ -18,7 +18,7 @@ use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
 /// Nothing here depends on a time; this only ends what hangs.
-const LIMIT: Duration = Duration::from_secs(300);
+pub(crate) const LIMIT: Duration = Duration::from_secs(300);
 
 /// The group that owns the volume.
 pub(crate) const FS_GROUP: u32 = 1234;
@@ -514,10 +514,16 @@ impl Guest {
         loop {
             let before = self.count_once();
             std::thread::sleep(Duration::from_millis(50));
-            if self.count_once() == before {
+            if self.count_once() == before && self.discarded_layers() == 0 {
                 return before;
             }
         }
+    }
+
+    /// Layers of deleted containers that the agent has not emptied yet.
+    fn discarded_layers(&self) -> usize {
+        let place = self.root().join("run/husk/fs/scratch/discarded");
+        fs::read_dir(place).map_or(0, Iterator::count)
     }
 
     fn count_once(&self) -> [usize; 4] {
