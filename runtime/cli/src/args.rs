@@ -13,6 +13,7 @@ use crate::pods::attach::AttachArgs;
 use crate::pods::completion::CompletionArgs;
 use crate::pods::console::ConsoleArgs;
 use crate::pods::cp::CpArgs;
+use crate::pods::debug::DebugArgs;
 use crate::pods::events::EventsArgs;
 use crate::pods::exec::ExecArgs;
 use crate::pods::inspect::InspectArgs;
@@ -57,6 +58,7 @@ pub(crate) enum Command {
     Ps(PsArgs),
     Logs(LogsArgs),
     Exec(ExecArgs),
+    Debug(DebugArgs),
     Attach(AttachArgs),
     Cp(CpArgs),
     Stop(StopArgs),
@@ -243,6 +245,10 @@ pub(crate) struct RunArgs {
     #[arg(long, env = "HUSK_LOG_MAX_FILES", value_name = "N", default_value_t = 5,
         value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) log_max_files: u32,
+    /// Let `husk debug` run the programs of this image beside the containers, with the whole guest
+    /// open to them; it is pulled if it is not here
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) debug_image: Option<String>,
 }
 
 impl RunArgs {
@@ -262,6 +268,7 @@ impl RunArgs {
             replace,
             log_max_size,
             log_max_files,
+            debug_image,
         } = self;
         let mut options = vec![
             format!("--start-timeout={start_timeout}"),
@@ -270,6 +277,7 @@ impl RunArgs {
             format!("--log-max-files={log_max_files}"),
         ];
         options.extend(replace.then(|| "--replace".to_owned()));
+        options.extend(debug_image.iter().map(|image| format!("--debug-image={image}")));
         options
     }
 }

@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         Command::Ps(args) => pods::ps::run(&global, &args),
         Command::Logs(args) => pods::logs::run(&global, &args),
         Command::Exec(args) => pods::exec::run(&global, args),
+        Command::Debug(args) => pods::debug::run(&global, args),
         Command::Attach(args) => pods::attach::run(&global, &args),
         Command::Cp(args) => pods::cp::run(&global, &args),
         Command::Stop(args) => pods::stop::run(&global, &args),

@@ -480,3 +480,56 @@ fn completions_know_the_commands() {
         }
     }
 }
+
+#[test]
+fn debugging_is_off_unless_an_image_is_given_for_it() {
+    let host = Background::new();
+    host.up(&pod("web", &[("main", WAITS)]));
+    let refused = host.output(&["debug", "web"]);
+    assert_eq!(refused.status.code(), Some(125));
+    assert!(text(&refused.stderr).contains("--debug-image IMAGE"), "{}", text(&refused.stderr));
+    assert_eq!(host.ok(&["stop", "web"]), "web\n");
+
+    let missing = host.run(&pod("other", &[("main", WAITS)]), &["--debug-image=Not/an/Image"]);
+    assert_eq!(missing.status.code(), Some(125));
+    assert!(text(&missing.stderr).contains("Not/an/Image"), "{}", text(&missing.stderr));
+}
+
+#[test]
+fn a_debug_container_is_none_of_the_pods() {
+    let host = Background::new();
+    let started = host.run(&pod("web", &[("main", WAITS)]), &["--debug-image", "test/image"]);
+    assert!(started.status.success(), "{}", text(&started.stderr));
+    for (command, code) in [("exit 0", 0), ("exit 7", 7), ("kill -KILL $$", 137)] {
+        assert_eq!(host.code(&["debug", "web", "--", "sh", "-c", command]), Some(code));
+    }
+    assert_eq!(host.code(&["debug", "web", "/no/such"]), Some(127));
+
+    // Without a command it is a shell, which runs until its input ends.
+    let mut shell = host.spawn(&["debug", "-i", "web"]);
+    let mut output = BufReader::new(shell.stdout.take().unwrap()).lines();
+    let mut input = shell.stdin.take().unwrap();
+    input.write_all(b"echo up\n").unwrap();
+    assert_eq!(output.next().unwrap().unwrap(), "up");
+    let stats: Value =
+        serde_json::from_str(&host.ok(&["stats", "--no-stream", "--output", "json"])).unwrap();
+    let names: Vec<_> =
+        stats["containers"].as_array().unwrap().iter().map(|c| &c["name"]).collect();
+    assert_eq!(names, ["main"]);
+    assert_eq!(host.inspect("web")["status"]["containers"].as_array().unwrap().len(), 1);
+    assert_eq!(host.code(&["exec", "-c", "husk.debug-4", "web", "true"]), Some(125));
+    input.write_all(b"exit 5\n").unwrap();
+    assert_eq!(shell.wait().unwrap().code(), Some(5));
+
+    // It does not keep the pod from ending, and is told of its end.
+    let mut sleeps = host.spawn(&["debug", "web", "sleep", "20"]);
+    std::thread::sleep(Duration::from_millis(300));
+    host.ok(&["stop", "web"]);
+    assert_eq!(sleeps.wait().unwrap().code(), Some(125));
+    assert_eq!(
+        host.inspect("web")["status"]["containers"][0]["state"]["terminated"]["exitCode"],
+        3
+    );
+    host.ok(&["rm", "web"]);
+    host.nothing_is_left();
+}

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Args;
 use husk_engine::holder::client::messages::exec_request::Message;
 use husk_engine::holder::client::messages::{ExecRequest, ExecStart};
+use husk_engine::holder::record::Found;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -66,10 +67,6 @@ pub(crate) fn run(global: &Global, args: ExecArgs) -> anyhow::Result<ExitCode> {
     let pods = Pods::read(global)?;
     let found = pods.find(&args.pod)?;
     let container = container(found, args.container.as_deref())?.to_owned();
-    anyhow::ensure!(
-        !(args.tty && args.stdin) || terminal::is_ours(),
-        "standard input is no terminal; leave -t out"
-    );
     let start = ExecStart {
         container,
         args: args.command,
@@ -80,15 +77,39 @@ pub(crate) fn run(global: &Global, args: ExecArgs) -> anyhow::Result<ExitCode> {
         stdin: args.stdin,
         size: session::window().filter(|_| args.tty),
     };
-    let session = Session { stdin: args.stdin, tty: args.tty, detach: false, signals: true };
+    converse(found, Call::Exec, start)
+}
+
+/// What the pod's process is asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Call {
+    /// To run a process in a container.
+    Exec,
+    /// To run one beside all containers.
+    Debug,
+}
+
+/// Has a process run, joins its streams with this command's, and returns its exit code.
+pub(super) fn converse(found: &Found, call: Call, start: ExecStart) -> anyhow::Result<ExitCode> {
+    let (stdin, tty) = (start.stdin, start.tty);
+    anyhow::ensure!(
+        !(tty && stdin) || terminal::is_ours(),
+        "standard input is no terminal; leave -t out"
+    );
+    let session = Session { stdin, tty, detach: false, signals: true };
     let end = block_on(async {
         let mut pod = connect(found).await?;
         let (to, requests) = mpsc::channel(session::QUEUE);
         let wrap = |message| ExecRequest { message: Some(message) };
         // There is room for it.
         to.send(wrap(Message::Start(start))).await?;
-        let output = pod.exec(ReceiverStream::new(requests)).await.map_err(refusal)?;
-        session::join(session, output.into_inner(), to, |input| wrap(Message::Input(input))).await
+        let requests = ReceiverStream::new(requests);
+        let output = match call {
+            Call::Exec => pod.exec(requests).await,
+            Call::Debug => pod.debug(requests).await,
+        };
+        let output = output.map_err(refusal)?.into_inner();
+        session::join(session, output, to, |input| wrap(Message::Input(input))).await
     })?;
     Ok(match end {
         End::Exited(code) => ExitCode::from(code),

@@ -4,6 +4,7 @@ pub(crate) mod attach;
 pub(crate) mod completion;
 pub(crate) mod console;
 pub(crate) mod cp;
+pub(crate) mod debug;
 pub(crate) mod events;
 pub(crate) mod exec;
 mod follow;

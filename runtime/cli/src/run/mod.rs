@@ -56,7 +56,8 @@ fn pod_options(global: &Global, args: &RunArgs, measure: bool) -> anyhow::Result
     let mut config = global.config()?;
     config.scratch_bytes = args.disk_size << 30;
     let start_timeout = args.start_timeout();
-    Ok(PodOptions { config, start_timeout, measure, console_log: None })
+    let debug_image = args.debug_image.clone();
+    Ok(PodOptions { config, start_timeout, measure, debug_image, console_log: None })
 }
 
 fn hold_options(args: &RunArgs, background: bool) -> HoldOptions {

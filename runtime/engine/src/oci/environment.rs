@@ -164,13 +164,13 @@ pub(super) fn declared(
 /// name the last value stays.
 pub(super) fn complete(
     pod: &PodSpec,
-    container: &ContainerSpec,
+    tty: bool,
     image: &Config,
     declared: &Declared,
 ) -> Result<Vec<String>, EnvError> {
     let mut all = Declared::default();
     all.set("PATH", DEFAULT_PATH.to_owned());
-    if container.tty {
+    if tty {
         all.set("TERM", "xterm".to_owned());
     }
     all.set("HOSTNAME", pod.hostname.clone());

@@ -5,6 +5,7 @@
 //! What it is not for: interpreting the configuration; that is the agent's runner.
 
 pub(crate) mod capability;
+pub(crate) mod debug;
 mod environment;
 mod expansion;
 pub mod hooks;
@@ -22,8 +23,8 @@ use husk_proto::guest;
 use oci_spec::OciSpecError;
 use oci_spec::image::{Config, ImageConfiguration};
 use oci_spec::runtime::{
-    Linux, LinuxBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, PosixRlimitBuilder,
-    PosixRlimitType, Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
+    Linux, LinuxBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, PosixRlimit,
+    PosixRlimitBuilder, PosixRlimitType, Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
 };
 
 use crate::types::{ContainerSpec, PodSpec, ProcMount};
@@ -116,13 +117,7 @@ fn process(
 ) -> Result<Process, SpecError> {
     let declared = environment::declared(pod, container, context)?;
     let args = arguments(container, image, &declared)?;
-    let env = environment::complete(pod, container, image, &declared)?;
-    let (soft, hard) = RLIMIT_NOFILE;
-    let nofile = PosixRlimitBuilder::default()
-        .typ(PosixRlimitType::RlimitNofile)
-        .soft(soft)
-        .hard(hard)
-        .build()?;
+    let env = environment::complete(pod, container.tty, image, &declared)?;
     Ok(ProcessBuilder::default()
         .terminal(container.tty)
         .user(user::user(pod, container, image.user().as_deref().unwrap_or_default())?)
@@ -130,10 +125,15 @@ fn process(
         .env(env)
         .cwd(working_dir(container, image))
         .capabilities(capability::sets(&container.security)?)
-        .rlimits(vec![nofile])
+        .rlimits(vec![open_files()?])
         .no_new_privileges(!container.security.allow_privilege_escalation)
         .oom_score_adj(limits::oom_score_adj(pod, container))
         .build()?)
+}
+
+fn open_files() -> Result<PosixRlimit, OciSpecError> {
+    let (soft, hard) = RLIMIT_NOFILE;
+    PosixRlimitBuilder::default().typ(PosixRlimitType::RlimitNofile).soft(soft).hard(hard).build()
 }
 
 /// What to run. A command of the container replaces the image's entrypoint and arguments, arguments

@@ -38,27 +38,7 @@ pub(super) fn mounts(
     container: &ContainerSpec,
     id: &str,
 ) -> Result<Vec<Mount>, OciSpecError> {
-    let kernel_access = if container.security.privileged { "rw" } else { "ro" };
-    let hidden = ["nosuid", "noexec", "nodev"];
-    let mut mounts = vec![
-        system("/proc", "proc", "proc", &hidden)?,
-        system("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
-        system(
-            "/dev/pts",
-            "devpts",
-            "devpts",
-            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
-        )?,
-        system("/dev/mqueue", "mqueue", "mqueue", &hidden)?,
-        system("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", kernel_access])?,
-        system(
-            "/sys/fs/cgroup",
-            "cgroup",
-            "cgroup",
-            &["nosuid", "noexec", "nodev", "relatime", kernel_access],
-        )?,
-        bind("/dev/shm", guest::SHM, &["rw", "nosuid", "noexec", "nodev"])?,
-    ];
+    let mut mounts = systems(container.security.privileged)?;
     // Kubernetes: files of the pod may be written unless the root is read-only; a volume that the
     // container mounts at the same place wins.
     let file_access = if container.security.read_only_root { "ro" } else { "rw" };
@@ -86,6 +66,45 @@ pub(super) fn mounts(
         mounts.push(bind(mount_path, &source, &[access])?);
     }
     mounts.sort_by_key(|mount| mount.destination().components().count());
+    Ok(mounts)
+}
+
+/// The kernel's file systems and the pod's shared memory, as every container sees them.
+fn systems(privileged: bool) -> Result<Vec<Mount>, OciSpecError> {
+    let kernel_access = if privileged { "rw" } else { "ro" };
+    let hidden = ["nosuid", "noexec", "nodev"];
+    Ok(vec![
+        system("/proc", "proc", "proc", &hidden)?,
+        system("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
+        system(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        )?,
+        system("/dev/mqueue", "mqueue", "mqueue", &hidden)?,
+        system("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", kernel_access])?,
+        system(
+            "/sys/fs/cgroup",
+            "cgroup",
+            "cgroup",
+            &["nosuid", "noexec", "nodev", "relatime", kernel_access],
+        )?,
+        bind("/dev/shm", guest::SHM, &["rw", "nosuid", "noexec", "nodev"])?,
+    ])
+}
+
+/// The mounts of a debug container: what a privileged container has, and the guest's own root with
+/// all that is mounted in it.
+pub(super) fn debug() -> Result<Vec<Mount>, OciSpecError> {
+    // First, so that it does not hold the container's other mounts once more. A slave: what is mounted
+    // in the debug container does not show up in the guest.
+    let mut mounts =
+        vec![system(super::debug::GUEST_ROOT, "bind", "/", &["rbind", "rslave", "rw"])?];
+    mounts.extend(systems(true)?);
+    for file in POD_FILES {
+        mounts.push(bind(&format!("/etc/{file}"), &format!("{}/{file}", guest::ETC), &["rw"])?);
+    }
     Ok(mounts)
 }
 

@@ -520,3 +520,35 @@ fn the_oom_score_follows_from_the_quality_of_service() {
          {name: b, image: i, resources: {requests: {memory: 128Mi}}}]}");
     assert_eq!(adj(&sidecar), 750);
 }
+
+#[test]
+fn a_debug_container_has_the_whole_guest_before_it() {
+    let pod = main_with("tty: true");
+    let config = ConfigBuilder::default()
+        .cmd(vec!["server".to_owned()])
+        .user("nobody".to_owned())
+        .env(vec!["PATH=/tools".to_owned()]);
+    let spec = debug::debug_spec(&pod, &image(config), "husk.debug-0").unwrap();
+    let spec = serde_json::to_value(spec).unwrap();
+    assert_eq!(spec["root"]["path"], "/run/husk/containers/husk.debug-0/rootfs");
+    assert_eq!(spec["linux"]["namespaces"], json!([{"type": "mount"}]));
+    assert_eq!(
+        spec["linux"]["resources"],
+        json!({"devices": [{"allow": true, "access": "rwm"}]}),
+        "every device, and no limit"
+    );
+    assert!(spec["linux"]["maskedPaths"].as_array().is_none_or(Vec::is_empty));
+    assert!(spec["linux"]["readonlyPaths"].as_array().is_none_or(Vec::is_empty));
+    assert_eq!(spec["linux"]["seccomp"], Value::Null);
+    let process = &spec["process"];
+    assert_eq!(process["args"], json!(["sh"]), "not what the image would run");
+    assert_eq!((&process["user"]["uid"], &process["user"]["username"]), (&json!(0), &Value::Null));
+    assert_eq!(process["env"], json!(["PATH=/tools", "HOSTNAME=web"]));
+    let bounding = set(&process["capabilities"]["bounding"]);
+    assert!(bounding.contains(&"CAP_SYS_ADMIN") && bounding.contains(&"CAP_SYS_PTRACE"));
+    let mounts = spec["mounts"].as_array().unwrap();
+    let of = |path: &str| mounts.iter().find(|mount| mount["destination"] == path).unwrap();
+    assert_eq!(of("/guest")["source"], "/");
+    assert_eq!(of("/guest")["options"], json!(["rbind", "rslave", "rw"]));
+    assert!(of("/sys")["options"].as_array().unwrap().contains(&json!("rw")));
+}

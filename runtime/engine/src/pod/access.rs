@@ -11,6 +11,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 
 use super::actor::chain;
+use super::debug::Remover;
 use super::input::Input;
 use super::runtime::GuestRuntime;
 use crate::guest::{Guest, GuestError, ProcessExit, StartFailure, Streams, Wanted};
@@ -31,20 +32,29 @@ pub enum AccessError {
         /// Those that it has.
         known: Vec<String>,
     },
+    /// It was not started with an image for debugging.
+    #[error(
+        "debugging is not enabled for this pod: start it with `husk run --debug-image IMAGE`, where \
+         IMAGE holds the tools, e.g. a shell"
+    )]
+    NoDebugging,
     /// The process cannot be described to the agent.
     #[error("cannot describe the process: {0}")]
     Describe(String),
     /// The guest refused, or is lost.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// The program is ending.
+    #[error("an internal task was cut off")]
+    Task(#[from] tokio::task::JoinError),
 }
 
 /// A process that is to run in a container.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ExecRequest {
-    /// In which container.
+    /// In which container. Of no concern to [`PodAccess::debug`].
     pub container: String,
-    /// The program and its arguments.
+    /// The program and its arguments; empty for those of the container's own process.
     pub args: Vec<String>,
     /// `NAME=VALUE`, beside the container's own.
     pub env: Vec<String>,
@@ -66,14 +76,19 @@ pub struct PodAccess {
     spec: Arc<PodSpec>,
     running: watch::Receiver<Option<GuestRuntime>>,
     next_exec: Arc<AtomicU64>,
+    pub(super) next_debug: Arc<AtomicU64>,
 }
 
-/// A process that was started in a container.
+/// A process that was started in a container, or as a debug container's first one. Dropping it
+/// leaves the former alone, and ends the latter with all that it started.
 #[derive(Debug)]
 pub struct ExecProcess {
-    guest: Guest,
-    container: String,
-    id: String,
+    pub(super) guest: Guest,
+    pub(super) container: String,
+    /// `None` for the first process of a debug container.
+    pub(super) id: Option<String>,
+    /// What removes the debug container.
+    pub(super) debug: Option<Remover>,
 }
 
 /// The streams of a process, connected.
@@ -89,10 +104,10 @@ pub struct ExecStreams {
 
 impl PodAccess {
     pub(super) fn new(spec: Arc<PodSpec>, running: watch::Receiver<Option<GuestRuntime>>) -> Self {
-        PodAccess { spec, running, next_exec: Arc::default() }
+        PodAccess { spec, running, next_exec: Arc::default(), next_debug: Arc::default() }
     }
 
-    fn runtime(&self) -> Result<GuestRuntime, AccessError> {
+    pub(super) fn runtime(&self) -> Result<GuestRuntime, AccessError> {
         self.running.borrow().clone().ok_or(AccessError::NotRunning)
     }
 
@@ -139,7 +154,8 @@ impl PodAccess {
             // The agent made the connections before it answered.
             Ok(_pid) => {
                 let streams = connect(streams).await?;
-                Ok(Ok((ExecProcess { guest, container: container.name.clone(), id }, streams)))
+                let (container, id) = (container.name.clone(), Some(id));
+                Ok(Ok((ExecProcess { guest, container, id, debug: None }, streams)))
             }
             Err(failure) => Ok(Err(failure)),
         }
@@ -183,7 +199,10 @@ impl PodAccess {
     /// # Errors
     /// [`AccessError`].
     pub async fn stats(&self) -> Result<proto::StatsResponse, AccessError> {
-        Ok(self.guest()?.stats().await?)
+        let mut stats = self.guest()?.stats().await?;
+        // Debug containers are none of the pod's.
+        stats.containers.retain(|container| self.spec.container(&container.id).is_some());
+        Ok(stats)
     }
 
     /// The processes of a container.
@@ -275,7 +294,7 @@ impl ExecProcess {
     /// # Errors
     /// [`GuestError`].
     pub async fn wait(&self) -> Result<ProcessExit, GuestError> {
-        self.guest.wait_process(&self.container, Some(&self.id)).await
+        self.guest.wait_process(&self.container, self.id.as_deref()).await
     }
 
     /// Sends it a signal.
@@ -283,7 +302,7 @@ impl ExecProcess {
     /// # Errors
     /// [`GuestError`].
     pub async fn signal(&self, signal: u32) -> Result<(), GuestError> {
-        self.guest.signal_process(&self.container, Some(&self.id), signal).await
+        self.guest.signal_process(&self.container, self.id.as_deref(), signal).await
     }
 
     /// Sets the size of its terminal in characters.
@@ -291,11 +310,19 @@ impl ExecProcess {
     /// # Errors
     /// [`GuestError`].
     pub async fn resize(&self, size: (u32, u32)) -> Result<(), GuestError> {
-        self.guest.resize_terminal(&self.container, Some(&self.id), size).await
+        self.guest.resize_terminal(&self.container, self.id.as_deref(), size).await
+    }
+
+    /// Has what is left of it removed, after [`Self::wait`] told of its end: a debug container, with
+    /// what the process left running.
+    pub async fn finish(self) {
+        if let Some(remover) = self.debug {
+            remover.remove().await;
+        }
     }
 }
 
-async fn connect(streams: Streams) -> Result<ExecStreams, GuestError> {
+pub(super) async fn connect(streams: Streams) -> Result<ExecStreams, GuestError> {
     let Streams { stdin, stdout, stderr } = streams;
     let connected = async |accept: Option<Accept>| match accept {
         Some(accept) => accept.connected().await.map(Some).map_err(GuestError::Vm),
@@ -308,10 +335,17 @@ async fn connect(streams: Streams) -> Result<ExecStreams, GuestError> {
     })
 }
 
-/// The process of an exec: that of its container, with what was asked for.
-fn describe(mut process: Process, request: ExecRequest) -> Result<Vec<u8>, String> {
+/// The process of an exec, as the agent takes it.
+fn describe(process: Process, request: ExecRequest) -> Result<Vec<u8>, String> {
+    serde_json::to_vec(&adapt(process, request)?).map_err(|error| chain(&error))
+}
+
+/// The process of a container, with what was asked for instead.
+pub(super) fn adapt(mut process: Process, request: ExecRequest) -> Result<Process, String> {
     let ExecRequest { container: _, args, env, cwd, user, tty, stdin: _, size } = request;
-    process.set_args(Some(args));
+    if !args.is_empty() {
+        process.set_args(Some(args));
+    }
     process.set_terminal(Some(tty));
     let mut all = process.env().clone().unwrap_or_default();
     let name = |variable: &str| variable.split('=').next().unwrap_or_default().to_owned();
@@ -337,7 +371,7 @@ fn describe(mut process: Process, request: ExecRequest) -> Result<Vec<u8>, Strin
         let built = BoxBuilder::default().width(width).height(height).build();
         process.set_console_size(Some(built.map_err(|error| chain(&error))?));
     }
-    serde_json::to_vec(&process).map_err(|error| chain(&error))
+    Ok(process)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::pin::Pin;
 
 use oci_spec::image::ImageConfiguration;
 
+use super::debug;
 use crate::storage::Layer;
 use crate::types::{PodSpec, PullPolicy, Rootfs};
 
@@ -42,28 +43,33 @@ pub trait Images: Send + Sync {
     fn resolve<'a>(&'a self, reference: &'a str, policy: PullPolicy) -> Resolving<'a>;
 }
 
-/// Resolves the images of all containers, each reference once; by the containers' names.
+/// Resolves the images of all containers and the one for debugging, each reference once; by the
+/// containers' names, and by [`debug::NAME`].
 pub(super) async fn resolve_all(
     images: &dyn Images,
     spec: &PodSpec,
+    debug_image: Option<&str>,
 ) -> Result<BTreeMap<String, ResolvedImage>, ImageError> {
     let mut by_reference: BTreeMap<(&str, bool, bool), ResolvedImage> = BTreeMap::new();
     let mut by_container = BTreeMap::new();
-    for container in spec.all_containers() {
+    let of_containers = spec.all_containers().map(|container| {
         let Rootfs::Image { reference, pull_policy } = &container.rootfs;
+        (container.name.as_str(), reference.as_str(), *pull_policy)
+    });
+    let for_debugging =
+        debug_image.map(|reference| (debug::NAME, reference, PullPolicy::IfNotPresent));
+    for (name, reference, policy) in of_containers.chain(for_debugging) {
         // Containers with the same image can differ in their policy.
-        let (always, never) =
-            (*pull_policy == PullPolicy::Always, *pull_policy == PullPolicy::Never);
-        let key = (reference.as_str(), always, never);
+        let key = (reference, policy == PullPolicy::Always, policy == PullPolicy::Never);
         let image = match by_reference.get(&key) {
             Some(image) => image.clone(),
             None => {
-                let image = images.resolve(reference, *pull_policy).await?;
+                let image = images.resolve(reference, policy).await?;
                 by_reference.insert(key, image.clone());
                 image
             }
         };
-        by_container.insert(container.name.clone(), image);
+        by_container.insert(name.to_owned(), image);
     }
     Ok(by_container)
 }

@@ -7,6 +7,7 @@ mod access;
 mod actor;
 mod backoff;
 mod check;
+mod debug;
 mod images;
 mod input;
 mod last_words;
@@ -64,6 +65,9 @@ pub struct PodOptions {
     /// Whether to ask the VMM and the agent, before they end, for what they counted: it takes a
     /// few messages.
     pub measure: bool,
+    /// The image in which [`PodAccess::debug`] runs processes that see the whole guest; `None`: it
+    /// runs none.
+    pub debug_image: Option<String>,
     /// Where the guest kernel's log is written, in a new file; `None` for the pod's directory, with
     /// which it vanishes.
     pub console_log: Option<PathBuf>,

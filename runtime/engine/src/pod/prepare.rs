@@ -154,7 +154,8 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
 
     // At the same time: the VMM's process, and the images.
     let spawn = timeline.during("VMM spawned", Vm::spawn(&config.vmm));
-    let resolve = timeline.during("images", images::resolve_all(images, spec));
+    let resolve = timeline
+        .during("images", images::resolve_all(images, spec, options.debug_image.as_deref()));
     let (vm, images) = tokio::join!(spawn, resolve);
     let vm = vm?;
     undo.push("VM", {

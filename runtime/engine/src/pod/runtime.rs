@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::actor::{Answer, Runtime, StopBy, Turn, chain};
+use super::debug;
 use super::images::ResolvedImage;
 use super::input::{self, Inputs};
 use super::last_words::{self, Tail, Tee};
@@ -19,7 +20,7 @@ use super::state::{Index, ProbeKind};
 use super::timeline::Timeline;
 use super::{Measured, SharedFindings};
 use crate::guest::{Guest, GuestError, ProcessExit, StartFailure, Streams, Wanted, clean};
-use crate::oci::{self, StartContext};
+use crate::oci::{self, SpecError, StartContext};
 use crate::storage::Layout;
 use crate::types::{ContainerSpec, PodSpec};
 use crate::vm::{Accept, VmExit};
@@ -122,6 +123,18 @@ impl GuestRuntime {
         let config = self.config(container)?;
         let config = serde_json::to_vec(&config).map_err(|error| refused(&chain(&error)))?;
         Ok((config, root.clone()))
+    }
+
+    /// What the agent needs to make a debug container: its configuration, with a shell for a
+    /// process, and its root. `None` if the pod has no image for it.
+    pub(super) fn debug_config(
+        &self,
+        id: &str,
+    ) -> Option<Result<(oci_spec::runtime::Spec, husk_proto::agent::Rootfs), SpecError>> {
+        let Parts { spec, images, layout, .. } = &*self.0;
+        let (image, root) = (images.get(debug::NAME)?, layout.root(debug::NAME)?);
+        let config = oci::debug::debug_spec(spec, &image.config, id);
+        Some(config.map(|config| (config, root.clone())))
     }
 
     /// A name for a command that nobody asked for, such as a probe.

@@ -1,4 +1,4 @@
-//! A process in a container, for a command.
+//! A process in a container, or beside all of them, for a command.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use tonic::{Status, Streaming};
 
 use super::{QUEUE, To, pump, refused, refused_by_guest};
 use crate::guest::StartFailure;
-use crate::pod::{ExecProcess, ExecRequest, ExecStreams, PodAccess};
+use crate::pod::{AccessError, ExecProcess, ExecRequest, ExecStreams, PodAccess};
 
 /// SIGHUP: what a terminal sends that is closed.
 const SIGHUP: u32 = 1;
@@ -48,21 +48,47 @@ pub(super) fn size(size: wire::WindowSize) -> (u32, u32) {
     (width, height)
 }
 
-/// Starts what the first message says.
+/// What becomes of a process that was asked for.
+type Started = Result<Result<(ExecProcess, ExecStreams), StartFailure>, AccessError>;
+
+/// What a command is answered.
+type Answered = mpsc::Receiver<Result<wire::ProcessOutput, Status>>;
+
+/// Starts in a container what the first message says.
 pub(super) async fn exec(
     access: PodAccess,
     mut requests: Streaming<wire::ExecRequest>,
-) -> Result<mpsc::Receiver<Result<wire::ProcessOutput, Status>>, Status> {
+) -> Result<Answered, Status> {
+    let request = first(&mut requests).await?;
+    if request.args.is_empty() {
+        return Err(Status::invalid_argument("args: there must be a program"));
+    }
+    let (tty, started) = (request.tty, access.exec(request).await);
+    answer(started, requests, tty)
+}
+
+/// Starts beside the containers what the first message says.
+pub(super) async fn debug(
+    access: PodAccess,
+    mut requests: Streaming<wire::ExecRequest>,
+) -> Result<Answered, Status> {
+    let request = first(&mut requests).await?;
+    if !request.container.is_empty() {
+        return Err(Status::invalid_argument("container: must be empty, it is beside all"));
+    }
+    let (tty, started) = (request.tty, access.debug(request).await);
+    answer(started, requests, tty)
+}
+
+/// What the first message asks for.
+async fn first(requests: &mut Streaming<wire::ExecRequest>) -> Result<ExecRequest, Status> {
     let first = requests.message().await?.and_then(|request| request.message);
     let Some(wire::exec_request::Message::Start(start)) = first else {
         return Err(Status::invalid_argument("the first message must be the start"));
     };
     let wire::ExecStart { container, args, env, cwd, user, tty, stdin, size: window } = start;
-    if args.is_empty() {
-        return Err(Status::invalid_argument("args: there must be a program"));
-    }
     let some = |text: String| Some(text).filter(|text| !text.is_empty());
-    let request = ExecRequest {
+    Ok(ExecRequest {
         container,
         args,
         env,
@@ -71,9 +97,17 @@ pub(super) async fn exec(
         tty,
         stdin,
         size: window.map(size),
-    };
+    })
+}
+
+/// Serves a process that was started, or tells why it was not.
+fn answer(
+    started: Started,
+    requests: Streaming<wire::ExecRequest>,
+    tty: bool,
+) -> Result<Answered, Status> {
     let (to, answers) = mpsc::channel(QUEUE);
-    match access.exec(request).await.map_err(|error| refused(&error))? {
+    match started.map_err(|error| refused(&error))? {
         Ok((process, streams)) => {
             tokio::spawn(serve(process, streams, requests, to, tty));
         }
@@ -116,15 +150,22 @@ async fn serve(
         if tokio::time::timeout(EOF_GRACE, rest).await.is_err() {
             tracing::warn!("the guest does not close a stream of an exec");
         }
-        let last = match exit {
+        match exit {
             Ok(exit) => Ok(exited(exit.exit_code, exit.signal)),
             Err(error) => Err(refused_by_guest(&error)),
-        };
-        drop(to.send(last).await);
+        }
     };
-    tokio::select! {
-        () = run => return,
-        () = to.closed() => {}
+    let last = tokio::select! {
+        last = run => Some(last),
+        () = to.closed() => None,
+    };
+    if let Some(last) = last {
+        if last.is_ok() {
+            // Before the command is told, so that nothing is left then.
+            process.finish().await;
+        }
+        drop(to.send(last).await);
+        return;
     }
     // The command is gone. Its streams were closed by leaving them; a terminal also hangs up.
     if tty && let Err(error) = process.signal(SIGHUP).await {

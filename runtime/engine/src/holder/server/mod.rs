@@ -127,6 +127,8 @@ fn refused(error: &AccessError) -> Status {
     match error {
         AccessError::NotRunning => Status::unavailable(error.to_string()),
         AccessError::NoContainer { .. } => Status::not_found(error.to_string()),
+        AccessError::NoDebugging => Status::failed_precondition(error.to_string()),
+        AccessError::Task(_) => Status::unavailable(error.to_string()),
         AccessError::Describe(_) => Status::invalid_argument(error.to_string()),
         AccessError::Guest(error) => refused_by_guest(error),
     }
@@ -209,6 +211,15 @@ impl Service for Served {
         request: Request<Streaming<wire::ExecRequest>>,
     ) -> Result<Response<Self::ExecStream>, Status> {
         exec::exec(self.access.clone(), request.into_inner()).await.map(answers)
+    }
+
+    type DebugStream = Answers<wire::ProcessOutput>;
+
+    async fn debug(
+        &self,
+        request: Request<Streaming<wire::ExecRequest>>,
+    ) -> Result<Response<Self::DebugStream>, Status> {
+        exec::debug(self.access.clone(), request.into_inner()).await.map(answers)
     }
 
     type AttachStream = Answers<wire::ProcessOutput>;
