@@ -262,6 +262,18 @@ rows! {
              CapBnd:\t0000000000000000\nCapAmb:\t0000000000000000",
         ),
     };
+    capability_of_no_name => Case {
+        checks: "the create fails",
+        fields: &["process.capabilities.bounding"],
+        sets: json!({"process": {"capabilities": {"bounding": ["CAP_KILL", "CAP_OF_THE_FUTURE"]}}}),
+        probe: "",
+        needs: &[],
+        expect: Expect::Refused {
+            named: "process.capabilities.bounding",
+            why: "runc warns of a name that it does not know and goes on without it; a program that \
+                  silently lacks what it asked for is harder to understand than an error",
+        },
+    };
     no_new_privileges => Case {
         checks: "no_new_privs is set",
         fields: &["process.noNewPrivileges"],

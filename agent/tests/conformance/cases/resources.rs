@@ -257,6 +257,24 @@ rows! {
         needs: &["io"],
         expect: Expect::Same(Reference::Runc, "default *"),
     };
+    block_io_device_weight => Case {
+        checks: "the create fails",
+        fields: &[
+            "linux.resources.blockIO.weightDevice[].major",
+            "linux.resources.blockIO.weightDevice[].minor",
+            "linux.resources.blockIO.weightDevice[].weight",
+        ],
+        sets: json!({"linux": {"resources": {"blockIO": {"weightDevice": [
+            {"major": "{disk major}", "minor": "{disk minor}", "weight": 200},
+        ]}}}}),
+        probe: "",
+        needs: &["io"],
+        expect: Expect::Refused {
+            named: "linux.resources.blockIO.weightDevice[0].weight",
+            why: "on no disk of the guest is there a scheduler that weighs: neither BFQ, nor a model \
+                  of costs for io.weight",
+        },
+    };
     block_io_throttle => Case {
         checks: "bytes and operations per second, by device",
         fields: &[
