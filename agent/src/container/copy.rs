@@ -3,7 +3,8 @@
 //! A process of its own does it, because the agent has one thread, and what a container has mounted
 //! may answer slowly or never. That process is in the container's cgroup, so that the container pays
 //! for it and takes it along when it ends. It sees the container's files by way of its first
-//! process's root, volumes and all, and no symbolic link leads it out of there.
+//! process's root, volumes and all, and no symbolic link leads it out of there. If the container has
+//! a user namespace, it is that one's root, and sees the owners that the container sees.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter};
@@ -14,12 +15,13 @@ use husk_archive::{pack, unpack};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
+use rustix::process::DumpableBehavior;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
 use super::process::{StepError, step};
 use super::state::{self, Event};
-use super::{ContainerError, Remains, Runner, path};
+use super::{ContainerError, Remains, Runner, path, user_namespace};
 use crate::cgroup::Cgroup;
 use crate::sys::{self, Cloned};
 use crate::{chain, lock};
@@ -65,9 +67,20 @@ impl From<StepError> for CopyError {
     }
 }
 
+/// The container, as the process needs it.
+struct Target {
+    /// The root that its first process sees.
+    root: OwnedFd,
+    pid: u32,
+    /// Of its first process, if that is in a user namespace.
+    user: Option<Arc<OwnedFd>>,
+    remains: Arc<Remains>,
+}
+
 /// What the process needs.
 struct Work {
     root: OwnedFd,
+    user: Option<Arc<OwnedFd>>,
     path: String,
     stream: File,
     direction: Direction,
@@ -123,13 +136,13 @@ impl Runner {
         if !path.starts_with('/') || path.len() >= MAX_PATH || path.contains('\0') {
             return Err(CopyError::Path(path.chars().take(MAX_PATH).collect()));
         }
-        let (root, pid, remains) = self.root_of(id)?;
+        let Target { root, pid, user, remains } = self.target(id)?;
         let stream =
             self.transport.connect(port).await.map_err(|error| CopyError::Failed(chain(&error)))?;
         let stream = stream.into_std().map_err(step("take a connection"))?;
         stream.set_nonblocking(false).map_err(step("let a connection wait"))?;
         let stream = File::from(OwnedFd::from(stream));
-        let work = Work { root, path: path.clone(), stream, direction };
+        let work = Work { root, user, path: path.clone(), stream, direction };
         let report = self.copy_in_child(work, pid, &remains).await?;
         match report {
             Some(Report::Done(bytes)) => Ok(bytes),
@@ -140,11 +153,11 @@ impl Runner {
         }
     }
 
-    /// The root that a container's first process sees; its process ID; its remains.
-    fn root_of(&self, id: &str) -> Result<(OwnedFd, u32, Arc<Remains>), CopyError> {
+    /// The container, if it runs.
+    fn target(&self, id: &str) -> Result<Target, CopyError> {
         let mut table = lock(&self.table);
         let container = table.container(id)?;
-        state::transition(container.state, Event::Exec)
+        state::transition(container.state, Event::Copy)
             .map_err(|refused| ContainerError::Refused(id.to_owned(), refused))?;
         let pid = container.main.pid;
         // The process is not reaped while this runs. The way to its root leads through none of the
@@ -153,7 +166,9 @@ impl Runner {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(root, flags, Mode::empty())
             .map_err(step("open the container's root"))?;
-        Ok((root, pid, Arc::clone(&container.remains)))
+        let user = container.plan.namespaces.user.as_ref();
+        let user = user.map(|_| Arc::clone(&container.main.pidfd));
+        Ok(Target { root, pid, user, remains: Arc::clone(&container.remains) })
     }
 
     /// Does the work in a process of its own. None if that was killed.
@@ -191,11 +206,20 @@ impl Runner {
 }
 
 /// What the process does.
-fn run(Work { root, path, stream, direction }: Work) -> Report {
+fn run(Work { root, user, path, stream, direction }: Work) -> Report {
+    if let Some(process) = user
+        && let Err(error) = become_root_of(process.as_fd())
+    {
+        return Report::Failed(chain(&error));
+    }
     let target = match path::open(root.as_fd(), &path) {
         Ok(target) => target,
         Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ACCESS)) => {
             return Report::NotFound(std::io::Error::from(errno).to_string());
+        }
+        // What /proc/PID/root and its like lead to has no path that could be kept inside.
+        Err(Errno::XDEV) => {
+            return Report::NotFound("a link of /proc leads out of the container's root".into());
         }
         Err(errno) => return Report::Failed(std::io::Error::from(errno).to_string()),
     };
@@ -218,6 +242,15 @@ fn run(Work { root, path, stream, direction }: Work) -> Report {
         }
     };
     done.map_or_else(Report::Failed, Report::Done)
+}
+
+/// Becomes root of a process's user namespace: owners are then those that the container sees, and
+/// what its root may not touch an archive does not touch either.
+fn become_root_of(process: BorrowedFd<'_>) -> Result<(), StepError> {
+    // It still has the agent's memory and descriptors, which are nothing for a debugger inside.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(step("make undumpable"))?;
+    user_namespace::enter(process)
 }
 
 /// A directory that was opened with O_PATH, opened to be used.

@@ -42,6 +42,8 @@ pub(crate) enum Event {
     Start,
     /// A client asks for one more process.
     Exec,
+    /// A client asks for files of it, or brings some.
+    Copy,
     /// A client sends a signal to a process.
     Signal,
     /// A client asks to stop all processes by the freezer.
@@ -73,7 +75,7 @@ pub(crate) fn transition(state: State, event: Event) -> Result<State, Refused> {
     match (state, event) {
         (S::Creating, E::Ready) => Ok(S::Created),
         (S::Created, E::Start) => Ok(S::Running),
-        (S::Running, E::Exec) => Ok(S::Running),
+        (S::Running, E::Exec | E::Copy) => Ok(S::Running),
         (S::Created, E::Pause) => Ok(S::CreatedPaused),
         (S::Running, E::Pause) => Ok(S::Paused),
         (S::CreatedPaused, E::Resume) => Ok(S::Created),
@@ -99,6 +101,7 @@ pub(crate) fn transition(state: State, event: Event) -> Result<State, Refused> {
             E::Ready
             | E::Start
             | E::Exec
+            | E::Copy
             | E::Signal
             | E::Pause
             | E::Resume
@@ -129,10 +132,11 @@ mod tests {
         State::Stopped,
         State::Deleting,
     ];
-    const EVENTS: [Event; 9] = [
+    const EVENTS: [Event; 10] = [
         Event::Ready,
         Event::Start,
         Event::Exec,
+        Event::Copy,
         Event::Signal,
         Event::Pause,
         Event::Resume,
@@ -183,6 +187,7 @@ mod tests {
                 (State::CreatedPaused, Event::Update),
                 (State::CreatedPaused, Event::Exited),
                 (State::Running, Event::Exec),
+                (State::Running, Event::Copy),
                 (State::Running, Event::Signal),
                 (State::Running, Event::Pause),
                 (State::Running, Event::Update),

@@ -10,7 +10,7 @@ use crate::guest::{Guest, Options, base_spec, exec_process};
 /// Every kind of namespace of its own but the network's, which has no device then, and users.
 const KINDS: [&str; 6] = ["mount", "pid", "ipc", "uts", "cgroup", "user"];
 
-fn confined(args: &[&str]) -> Value {
+pub(crate) fn confined(args: &[&str]) -> Value {
     let mut spec = base_spec(args);
     spec["linux"]["namespaces"] = KINDS.iter().map(|kind| json!({ "type": kind })).collect();
     let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
