@@ -38,6 +38,7 @@ mod sys;
 mod sysctl;
 mod transport;
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::process::ExitCode;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -157,8 +158,40 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     text
 }
 
+/// A text of at most `max` bytes: of a longer one the middle is left out, because an error names the
+/// field at its beginning, and the reason at its end.
+pub(crate) fn shorten(text: &str, max: usize) -> Cow<'_, str> {
+    const MARK: &str = " [...] ";
+    if text.len() <= max {
+        return Cow::Borrowed(text);
+    }
+    let half = max.saturating_sub(MARK.len()) / 2;
+    let is_boundary = |at: &usize| text.is_char_boundary(*at);
+    let start = (0..=half).rev().find(is_boundary).and_then(|at| text.get(..at));
+    let tail = text.len().saturating_sub(half)..=text.len();
+    let end = tail.into_iter().find(is_boundary).and_then(|at| text.get(at..));
+    Cow::Owned([start.unwrap_or_default(), end.unwrap_or_default()].join(MARK))
+}
+
 /// Locks. A guard never lives across an `.await`, and there is one thread: it never waits. A panic
 /// aborts the agent, so that no poisoned lock can be met.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shorten;
+
+    #[test]
+    fn of_a_long_text_the_middle_is_left_out_between_characters() {
+        assert_eq!(shorten("field: reason", 13), "field: reason");
+        let long = format!("field: \"{}\" is no name", "\u{e4}".repeat(1000));
+        for max in 40..48 {
+            let short = shorten(&long, max);
+            assert!(short.len() <= max, "{max}: {short}");
+            assert!(short.starts_with("field: \"") && short.ends_with("\" is no name"), "{short}");
+        }
+        assert_eq!(shorten(&long, 0), " [...] ");
+    }
 }

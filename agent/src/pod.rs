@@ -29,6 +29,8 @@ pub(crate) struct PodInfo {
 pub(crate) enum PodError {
     #[error("hostname: {0:?} must be 1 to 64 letters, digits, dots and hyphens")]
     Hostname(String),
+    #[error("sysctls: {0} of them; a pod has at most {MAX_SYSCTLS}")]
+    Sysctls(usize),
     #[error(transparent)]
     Storage(#[from] StorageError),
     #[error(transparent)]
@@ -45,7 +47,9 @@ impl PodError {
     /// Whether the request is at fault, so that it would fail anywhere.
     pub(crate) fn is_invalid(&self) -> bool {
         match self {
-            Self::Hostname(_) | Self::Sysctl(SysctlError::NotNamespaced(_)) => true,
+            Self::Hostname(_) | Self::Sysctls(_) | Self::Sysctl(SysctlError::NotNamespaced(_)) => {
+                true
+            }
             Self::Storage(e) => !matches!(e, StorageError::NoDisk { .. } | StorageError::Io { .. }),
             Self::Sysctl(SysctlError::Write { .. }) | Self::Io { .. } => false,
         }
@@ -55,12 +59,18 @@ impl PodError {
 /// Longest host name (HOST_NAME_MAX of Linux).
 const MAX_HOSTNAME: usize = 64;
 
+/// Most sysctls of a pod.
+const MAX_SYSCTLS: usize = 1024;
+
 /// Checks what can be checked before anything is made.
 pub(crate) fn check(request: &SetupPodRequest) -> Result<(), PodError> {
     let name = &request.hostname;
     let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-');
     if name.is_empty() || name.len() > MAX_HOSTNAME || !name.bytes().all(good) {
         return Err(PodError::Hostname(name.clone()));
+    }
+    if request.sysctls.len() > MAX_SYSCTLS {
+        return Err(PodError::Sysctls(request.sysctls.len()));
     }
     if let Some(key) = request.sysctls.keys().find(|key| !sysctl::is_namespaced(key)) {
         return Err(SysctlError::NotNamespaced(key.clone()).into());

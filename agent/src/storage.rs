@@ -21,6 +21,8 @@ pub(crate) enum StorageError {
     Name { field: &'static str, value: String },
     #[error("{field}: {value:?} appears twice")]
     Twice { field: &'static str, value: String },
+    #[error("{field}: {count} of them; a pod has at most {MAX_ENTRIES}")]
+    TooMany { field: &'static str, count: usize },
     #[error("filesystems.fstype: {0:?} must be \"erofs\" or \"ext4\"")]
     Type(String),
     #[error("filesystems.read_only: erofs ({0:?}) must be read-only")]
@@ -59,6 +61,9 @@ const DISK_RETRY: Duration = Duration::from_millis(10);
 /// Longest name of a file system or volume in bytes.
 const MAX_NAME: usize = 64;
 
+/// Most file systems of a pod, and most volumes: each is a mount at least.
+const MAX_ENTRIES: usize = 1024;
+
 /// Length of a virtio-blk serial (VIRTIO_BLK_ID_BYTES).
 const MAX_SERIAL: usize = 20;
 
@@ -73,6 +78,11 @@ pub(crate) fn check_name(field: &'static str, name: &str) -> Result<(), StorageE
 
 /// Checks everything about a request that can be checked before anything is made.
 pub(crate) fn check(filesystems: &[Filesystem], volumes: &[Volume]) -> Result<(), StorageError> {
+    for (field, count) in [("filesystems", filesystems.len()), ("volumes", volumes.len())] {
+        if count > MAX_ENTRIES {
+            return Err(StorageError::TooMany { field, count });
+        }
+    }
     let mut names = std::collections::BTreeSet::new();
     for Filesystem { name, disk_serial, fstype, read_only } in filesystems {
         check_name("filesystems.name", name)?;
@@ -338,6 +348,8 @@ mod tests {
         assert!(refuse(&[filesystem("a", "erofs", "s", false)]).contains("read_only"));
         assert!(refuse(&[filesystem("a", "ext4", "", false)]).contains("disk_serial"));
         assert!(refuse(&[filesystem("a", "ext4", "../x", false)]).contains("disk_serial"));
+        let many = vec![filesystem("a", "ext4", "s", false); MAX_ENTRIES + 1];
+        assert_eq!(refuse(&many), "filesystems: 1025 of them; a pod has at most 1024");
         let same = filesystem("a", "ext4", "s", false);
         assert!(refuse(&[same.clone(), same]).contains("twice"));
     }

@@ -6,6 +6,8 @@
 //! Run: `cargo test -p husk-agent --features runner-tests --test runner`.
 #![allow(missing_docs)]
 
+#[path = "runner/calls.rs"]
+mod calls;
 #[path = "runner/copy.rs"]
 mod copy;
 #[path = "runner/files.rs"]
@@ -13,6 +15,8 @@ mod files;
 mod guest;
 #[path = "runner/hooks.rs"]
 mod hooks;
+#[path = "runner/hostile.rs"]
+mod hostile;
 #[path = "runner/lifecycle.rs"]
 mod lifecycle;
 #[path = "runner/limits.rs"]

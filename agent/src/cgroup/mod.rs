@@ -37,6 +37,10 @@ const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pid
 /// Longest path of a container's cgroup, in components: the kernel charges every level.
 const MAX_DEPTH: usize = 16;
 
+/// Longest path of a container's cgroup, in bytes: far below that of a path (PATH_MAX), of which the
+/// container itself may want the rest.
+const MAX_PATH: usize = 1024;
+
 /// How long a removal waits for the kernel to let go of killed processes.
 const REMOVE_LIMIT: Duration = Duration::from_secs(10);
 const REMOVE_RETRY: Duration = Duration::from_millis(5);
@@ -44,7 +48,9 @@ const REMOVE_RETRY: Duration = Duration::from_millis(5);
 /// A failed operation on a cgroup.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CgroupError {
-    #[error("cgroup path {0:?} must be names separated by `/`, none of them `.` or `..`")]
+    #[error(
+        "cgroup path {0:?} must be names separated by `/`, none of them `.` or `..`, at most 16 of them and 1024 bytes"
+    )]
     Path(String),
     #[error("cgroup {0:?} exists already")]
     Exists(PathBuf),
@@ -152,7 +158,8 @@ pub(crate) fn kill_all() -> Result<(), CgroupError> {
 pub(crate) fn components(path: &str) -> Result<Vec<&str>, CgroupError> {
     let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
     let good = |p: &&str| !matches!(*p, "." | "..") && p.len() <= 255 && !p.contains(['\0', '\n']);
-    if parts.is_empty() || parts.len() > MAX_DEPTH || !parts.iter().all(good) {
+    let fits = path.len() <= MAX_PATH && (1..=MAX_DEPTH).contains(&parts.len());
+    if !fits || !parts.iter().all(good) {
         return Err(CgroupError::Path(path.to_owned()));
     }
     Ok(parts)
@@ -174,25 +181,33 @@ impl Cgroup {
     /// [`CgroupError::Exists`] if another container has this path.
     pub(crate) fn create(path: &str, settings: &[Setting]) -> Result<Self, CgroupError> {
         let parts = components(path)?;
-        let mut parent = PathBuf::from(CONTAINERS);
-        let (last, parents) = parts.split_last().ok_or_else(|| CgroupError::Path(path.into()))?;
-        for part in parents {
-            parent.push(part);
-            create_directory(&parent)?;
-            enable_controllers(&parent)?;
+        let path: PathBuf = [CONTAINERS].into_iter().chain(parts.iter().copied()).collect();
+        let result = Self::make_directory(&parts, &path);
+        if result.is_err() {
+            remove_empty_parents(&path);
         }
-        let path = parent.join(last);
-        match fs::create_dir(&path) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(CgroupError::Exists(path));
-            }
-            result => result.map_err(CgroupError::io("create", &path))?,
-        }
+        result?;
         let made = Self::fill(&path, settings);
         if made.is_err() {
             remove_with_parents(&path).map_err(CgroupError::io("remove", &path))?;
         }
         made
+    }
+
+    /// Makes the directory `path`, which has these components, and those above it.
+    fn make_directory(parts: &[&str], path: &Path) -> Result<(), CgroupError> {
+        let mut parent = PathBuf::from(CONTAINERS);
+        for part in parts.iter().take(parts.len().saturating_sub(1)) {
+            parent.push(part);
+            create_directory(&parent)?;
+            enable_controllers(&parent)?;
+        }
+        match fs::create_dir(path) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                Err(CgroupError::Exists(path.to_owned()))
+            }
+            result => result.map_err(CgroupError::io("create", path)),
+        }
     }
 
     /// Sets the limits of the new cgroup.
@@ -293,13 +308,19 @@ fn processes(path: &Path, depth: usize, pids: &mut Vec<i32>) -> io::Result<()> {
 /// Removes a cgroup and those inside it, then the empty parents that its path had.
 fn remove_with_parents(path: &Path) -> io::Result<()> {
     remove_tree(path, MAX_DEPTH)?;
+    remove_empty_parents(path);
+    Ok(())
+}
+
+/// Removes the parents that a container's path had, as far as they are empty.
+fn remove_empty_parents(path: &Path) {
     for parent in path.ancestors().skip(1).take_while(|p| *p != Path::new(CONTAINERS)) {
         // Busy: another container is there. That ends the walk.
-        if fs::remove_dir(parent).is_err() {
+        // One that was not made yet does not end it.
+        if fs::remove_dir(parent).is_err_and(|e| e.kind() != io::ErrorKind::NotFound) {
             break;
         }
     }
-    Ok(())
 }
 
 /// Removes a cgroup and those inside it, to a depth that a container cannot exhaust the stack with.
@@ -332,6 +353,7 @@ mod tests {
         }
         assert!(components(&"a/".repeat(MAX_DEPTH + 1)).is_err());
         assert!(components(&"a".repeat(256)).is_err());
+        assert!(components(&format!("{0}/{0}/{0}/{0}/{0}", "a".repeat(250))).is_err());
     }
 
     #[test]

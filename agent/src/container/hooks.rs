@@ -19,7 +19,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::process::{StepError, step};
-use super::spec::{Spec, SpecError};
+use super::spec::{self, Spec, SpecError};
 
 /// `hooks` as given.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -138,9 +138,7 @@ fn check(name: &str, hooks: &[Hook]) -> Result<(), SpecError> {
     }
     for (index, hook) in hooks.iter().enumerate() {
         let field = |field: &str| format!("hooks.{name}[{index}].{field}");
-        if !hook.path.starts_with('/') {
-            return Err(SpecError::invalid(field("path"), &hook.path, "must be absolute"));
-        }
+        spec::check_path(|| field("path"), &hook.path)?;
         if let Some(timeout) = hook.timeout.filter(|t| *t <= 0) {
             let reason = "must be greater than zero";
             return Err(SpecError::invalid(field("timeout"), timeout.to_string(), reason));

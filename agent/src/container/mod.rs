@@ -88,8 +88,8 @@ pub(crate) enum ContainerError {
     Refused(String, #[source] Refused),
     #[error("container {0:?}: a process does not stand still, it may hang in the kernel")]
     NotFrozen(String),
-    #[error("the pod is not set up")]
-    NoPod,
+    #[error("the pod {0}")]
+    NoPod(&'static str),
     #[error("rootfs: {0}")]
     Rootfs(String),
     #[error("{field}: {value} must be {must}")]

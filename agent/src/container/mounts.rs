@@ -1,6 +1,6 @@
 //! `mounts` of the specification as instructions for the kernel. Pure: nothing is mounted here.
 
-use super::spec::{IdMapping, Mount, SpecError};
+use super::spec::{self, IdMapping, Mount, SpecError};
 use crate::cgroup;
 use crate::sys::MountAttr;
 
@@ -177,15 +177,14 @@ pub(crate) fn plan(
     container: Option<(&[IdMapping], &[IdMapping])>,
 ) -> Result<MountPlan, SpecError> {
     let field = |name: &str| format!("mounts[{index}].{name}");
-    if !mount.destination.starts_with('/') {
-        let reason = "must be absolute";
-        return Err(SpecError::invalid(field("destination"), &mount.destination, reason));
-    }
+    spec::check_path(|| field("destination"), &mount.destination)?;
     let sorted = sort(&mount.options);
     let id_map = id_map(mount, sorted.id_map, container, &field)?;
     let Sorted { attr, recursive_attr, propagation, bind, id_map: _, copy_up, data } = sorted;
     let kind = kind(mount, bind, copy_up, data, &field)?;
-    let on_proc = mount.destination.trim_end_matches('/') == "/proc";
+    // What leads there by `..` or a link is found when it is mounted.
+    let mut parts = mount.destination.split('/').filter(|part| !matches!(*part, "" | "."));
+    let on_proc = parts.next() == Some("proc") && parts.next().is_none();
     let is_proc = match &kind {
         Kind::New { fstype, .. } => *fstype == "proc",
         Kind::Bind { source, .. } => source == "/proc",
@@ -214,10 +213,8 @@ fn kind(
         return no_option("tmpcopyup", "is for a tmpfs only");
     }
     if is_bind {
-        let Some(source) = mount.source.clone().filter(|s| s.starts_with('/')) else {
-            let source = mount.source.as_deref().unwrap_or("");
-            return Err(SpecError::invalid(field("source"), source, "must be absolute"));
-        };
+        let source = mount.source.clone().unwrap_or_default();
+        spec::check_path(|| field("source"), &source)?;
         if let Some((key, _)) = data.first() {
             return no_option(key, "is no option of a bind mount");
         }

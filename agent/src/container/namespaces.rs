@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::plan::ContainerPlan;
 use super::process::{StepError, step};
-use super::spec::{Linux, NamespaceKind, SpecError};
+use super::spec::{self, Linux, NamespaceKind, SpecError};
 use super::user_namespace::UserPlan;
 use crate::sys;
 
@@ -105,16 +105,17 @@ impl Namespaces {
             }
             seen |= flag;
             let user = namespace.kind == NamespaceKind::User;
-            match namespace.path.as_deref().filter(|p| !p.is_empty()) {
+            let path = namespace.path.as_deref().filter(|p| !p.is_empty());
+            if let Some(path) = path {
+                spec::check_path(|| format!("{field}.path"), path)?;
+            }
+            match path {
                 None if user => all.user = Some(UserPlan::of_mappings(linux)?),
                 None => all.new |= flag,
                 Some(_) if namespace.kind == NamespaceKind::Mount => {
                     let reason =
                         "a mount namespace cannot be joined: the root is made in a new one";
                     return Err(SpecError::invalid(field, name, reason));
-                }
-                Some(path) if !path.starts_with('/') || path.contains('\0') => {
-                    return Err(SpecError::invalid(field + ".path", path, "must be absolute"));
                 }
                 Some(path) if user => all.user = Some(UserPlan::Joined(path.to_owned())),
                 Some(path) => all.joined.push((namespace.kind, path.to_owned())),

@@ -96,8 +96,8 @@ impl ContainerPlan {
             ("linux.maskedPaths", &linux.masked_paths),
             ("linux.readonlyPaths", &linux.readonly_paths),
         ] {
-            if let Some(bad) = paths.iter().find(|p| !p.starts_with('/')) {
-                return Err(SpecError::invalid(field, bad, "must be absolute"));
+            for (index, path) in paths.iter().enumerate() {
+                spec::check_path(|| format!("{field}[{index}]"), path)?;
             }
         }
         for key in linux.sysctl.keys() {
@@ -188,9 +188,7 @@ fn device_nodes(given: &[Device]) -> Result<Vec<DeviceNode>, SpecError> {
                 return Err(SpecError::invalid(field("type"), other, "must be b, c, u or p"));
             }
         };
-        if !device.path.starts_with('/') {
-            return Err(SpecError::invalid(field("path"), &device.path, "must be absolute"));
-        }
+        spec::check_path(|| field("path"), &device.path)?;
         Ok(DeviceNode {
             path: device.path.clone(),
             mode: kind | (device.file_mode.unwrap_or(0o666) & 0o7777),

@@ -27,18 +27,18 @@ const FAILURE: u8 = b'F';
 const ERROR: u8 = b'E';
 
 impl Report {
-    /// As bytes; a text that is too long is cut.
+    /// As bytes; a text that is too long is shortened.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut bytes = match self {
+        // Beside two bytes of the message's own.
+        let cut = |text| crate::shorten(text, MAX_BYTES.saturating_sub(2));
+        match self {
             Self::Ready(None) => vec![READY],
             Self::Ready(Some(fd)) => [&[READY_WITH_TERMINAL][..], &fd.to_le_bytes()].concat(),
             Self::Failure(failure) => {
-                [&[FAILURE, failure.exit_code][..], failure.message.as_bytes()].concat()
+                [&[FAILURE, failure.exit_code][..], cut(&failure.message).as_bytes()].concat()
             }
-            Self::Error(message) => [&[ERROR][..], message.as_bytes()].concat(),
-        };
-        bytes.truncate(MAX_BYTES);
-        bytes
+            Self::Error(message) => [&[ERROR][..], cut(message).as_bytes()].concat(),
+        }
     }
 
     /// From bytes; None if they are no message.
@@ -86,6 +86,10 @@ mod tests {
 
     #[test]
     fn a_long_text_is_cut_to_what_the_pipe_takes_at_once() {
-        assert_eq!(Report::Error("x".repeat(10_000)).encode().len(), MAX_BYTES);
+        let failure = StartFailure { exit_code: 127, message: "\u{e4}".repeat(10_000) };
+        for report in [Report::Error("x".repeat(10_000)), Report::Failure(failure)] {
+            let length = report.encode().len();
+            assert!((MAX_BYTES - 8..=MAX_BYTES).contains(&length), "{length}");
+        }
     }
 }

@@ -19,6 +19,10 @@ use crate::pod::{self, PodInfo};
 use crate::reaper::Reaper;
 use crate::{chain, lock, storage};
 
+/// Largest request in bytes: room for all files of a pod's volumes, or for a container's arguments
+/// and environment. A larger one is refused before it is read.
+const MAX_REQUEST: usize = 4 * 1024 * 1024;
+
 /// Where the pod is in its life.
 #[derive(Debug, Clone)]
 enum Pod {
@@ -28,7 +32,9 @@ enum Pod {
     SettingUp,
     /// Its world is there.
     Ready(Arc<PodInfo>),
-    /// Its world could not be made, or is gone.
+    /// Its world could not be made.
+    Failed,
+    /// Its world is gone, or about to be.
     Over,
 }
 
@@ -76,14 +82,18 @@ impl Agent {
 
     /// As a service for a connection.
     pub(crate) fn into_service(self) -> AgentServer<Self> {
-        AgentServer::new(self)
+        AgentServer::new(self).max_decoding_message_size(MAX_REQUEST)
     }
 
     fn ready_pod(&self) -> Result<Arc<PodInfo>, ContainerError> {
-        match &*lock(&self.pod) {
-            Pod::Ready(info) => Ok(Arc::clone(info)),
-            Pod::New | Pod::SettingUp | Pod::Over => Err(ContainerError::NoPod),
-        }
+        let state = match &*lock(&self.pod) {
+            Pod::Ready(info) => return Ok(Arc::clone(info)),
+            Pod::New => "is not set up",
+            Pod::SettingUp => "is being set up",
+            Pod::Failed => "could not be set up",
+            Pod::Over => "is shutting down",
+        };
+        Err(ContainerError::NoPod(state))
     }
 
     async fn set_up(
@@ -98,10 +108,16 @@ impl Agent {
             *pod = Pod::SettingUp;
         }
         let result = pod::set_up(&self.host, &request).await;
-        *lock(&self.pod) = match &result {
-            Ok(info) => Pod::Ready(Arc::new(info.clone())),
-            Err(_) => Pod::Over,
-        };
+        {
+            let mut pod = lock(&self.pod);
+            // It may have been asked to shut down meanwhile.
+            if matches!(*pod, Pod::SettingUp) {
+                *pod = match &result {
+                    Ok(info) => Pod::Ready(Arc::new(info.clone())),
+                    Err(_) => Pod::Failed,
+                };
+            }
+        }
         result.map_err(|e| status::pod_status(&e))?;
         let Times { init_ns, ready_ns } = *lock(&self.times);
         let release = rustix::system::uname();

@@ -3,10 +3,10 @@
 use husk_proto::agent as wire;
 use husk_proto::agent::agent_server::Agent as Service;
 use tokio_stream::StreamExt;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::Agent;
-use super::status::{container_status, copy_status, volume_status};
+use super::status::{container_status, copy_status, status, volume_status};
 use crate::container::StartFailure;
 use crate::container::copy::Direction;
 use crate::epoch_ns;
@@ -197,7 +197,7 @@ impl Service for Agent {
     ) -> Result<Response<wire::ProbeResponse>, Status> {
         let answer = probe::put(request.into_inner()).await;
         let probe::Answer { success, message } =
-            answer.map_err(|e| Status::invalid_argument(e.to_string()))?;
+            answer.map_err(|e| status(Code::InvalidArgument, &e.to_string()))?;
         Ok(Response::new(wire::ProbeResponse { success, message }))
     }
 

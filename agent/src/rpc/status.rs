@@ -5,16 +5,25 @@ use std::error::Error;
 use tonic::{Code, Status};
 
 use crate::cgroup::{CgroupError, UpdateError};
-use crate::chain;
 use crate::container::ContainerError;
 use crate::container::copy::CopyError;
 use crate::pod::PodError;
 use crate::storage::StorageError;
+use crate::{chain, shorten};
+
+/// Longest text of a status, in bytes. It repeats what the client sent, and travels in headers, of
+/// which a client takes 16 KiB; escaped there, a byte can become three.
+const MAX_TEXT: usize = 3072;
+
+/// A status, whose text is shortened if need be.
+pub(super) fn status(code: Code, text: &str) -> Status {
+    Status::new(code, shorten(text, MAX_TEXT))
+}
 
 /// The status of a pod that was not set up.
 pub(super) fn pod_status(error: &PodError) -> Status {
     let code = if error.is_invalid() { Code::InvalidArgument } else { Code::Internal };
-    Status::new(code, chain(error))
+    status(code, &chain(error))
 }
 
 /// The status of a volume that was not updated.
@@ -24,7 +33,7 @@ pub(super) fn volume_status(error: &StorageError) -> Status {
         StorageError::Io { .. } | StorageError::NoDisk { .. } => Code::Internal,
         _ => Code::InvalidArgument,
     };
-    Status::new(code, chain(error))
+    status(code, &chain(error))
 }
 
 /// The status of a request about a container that failed.
@@ -38,7 +47,9 @@ pub(super) fn container_status(error: &ContainerError) -> Status {
             Code::NotFound
         }
         E::Exists(_) | E::ExecExists { .. } => Code::AlreadyExists,
-        E::Busy(_) | E::Refused(..) | E::NoPod | E::NoTerminal { .. } => Code::FailedPrecondition,
+        E::Busy(_) | E::Refused(..) | E::NoPod(_) | E::NoTerminal { .. } => {
+            Code::FailedPrecondition
+        }
         E::Stdio(crate::stdio::StdioError::StderrOfTerminal(_)) => Code::InvalidArgument,
         E::Cgroup(CgroupError::Exists(_)) => Code::AlreadyExists,
         E::Cgroup(e) | E::Update(UpdateError::Cgroup(e)) if e.is_invalid() => Code::InvalidArgument,
@@ -47,7 +58,7 @@ pub(super) fn container_status(error: &ContainerError) -> Status {
         E::NotFrozen(_) | E::Read { .. } => Code::Internal,
         E::Stdio(_) | E::Step(_) | E::Reported(_) | E::Died | E::OutOfMemory => Code::Internal,
     };
-    Status::new(code, chain(error as &dyn Error))
+    status(code, &chain(error as &dyn Error))
 }
 
 /// The status of an archive that was not carried.
@@ -59,7 +70,7 @@ pub(super) fn copy_status(error: &CopyError) -> Status {
         CopyError::NotADirectory(_) => Code::FailedPrecondition,
         CopyError::Failed(_) | CopyError::Killed => Code::Internal,
     };
-    Status::new(code, chain(error))
+    status(code, &chain(error))
 }
 
 #[cfg(test)]
@@ -71,9 +82,15 @@ mod tests {
         let code = |e: ContainerError| container_status(&e).code();
         assert_eq!(code(ContainerError::NoContainer("a".into())), Code::NotFound);
         assert_eq!(code(ContainerError::Exists("a".into())), Code::AlreadyExists);
-        assert_eq!(code(ContainerError::NoPod), Code::FailedPrecondition);
+        assert_eq!(code(ContainerError::NoPod("is not set up")), Code::FailedPrecondition);
         assert_eq!(code(ContainerError::Died), Code::Internal);
         let name = crate::container::check_name("id", "/").unwrap_err();
         assert_eq!(code(name), Code::InvalidArgument);
+    }
+
+    #[test]
+    fn an_endless_text_does_not_become_a_header() {
+        let name = crate::container::check_name("id", &"/".repeat(1 << 20)).unwrap_err();
+        assert!(container_status(&name).message().len() <= MAX_TEXT);
     }
 }

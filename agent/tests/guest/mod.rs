@@ -206,6 +206,23 @@ fn make_cgroup() -> PathBuf {
 
 impl Guest {
     pub(crate) async fn boot() -> Self {
+        let guest = Self::boot_without_pod().await;
+        let request = setup_request(Some(FS_GROUP));
+        let pod = guest.client().setup_pod(request).await.unwrap().into_inner();
+        assert!(!pod.kernel_release.is_empty() && pod.init_ns <= pod.ready_ns);
+        let volume = guest.volume();
+        if let Ok(left_on_disk) = fs::read_dir(&volume) {
+            for entry in left_on_disk {
+                let path = entry.unwrap().path();
+                fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path)).unwrap();
+            }
+        }
+        fs::write(volume.join("file"), "volume\n").unwrap();
+        guest
+    }
+
+    /// An agent that has not been asked for anything.
+    pub(crate) async fn boot_without_pod() -> Self {
         let directory = tempfile::tempdir().unwrap();
         if !real_disks() {
             make_layer(&directory.path().join("disk-base"));
@@ -237,25 +254,13 @@ impl Guest {
             }))
             .await
             .unwrap();
-        let mut client = AgentClient::new(channel);
-        let pod = client.setup_pod(setup_request(Some(FS_GROUP))).await.unwrap().into_inner();
-        assert!(!pod.kernel_release.is_empty() && pod.init_ns <= pod.ready_ns);
-        let guest = Self {
+        Self {
             directory,
             cgroup,
             process: Mutex::new(process),
-            client: Some(client),
+            client: Some(AgentClient::new(channel)),
             next_port: AtomicU32::new(ports::FIRST_STREAM),
-        };
-        let volume = guest.volume();
-        if let Ok(left_on_disk) = fs::read_dir(&volume) {
-            for entry in left_on_disk {
-                let path = entry.unwrap().path();
-                fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path)).unwrap();
-            }
         }
-        fs::write(volume.join("file"), "volume\n").unwrap();
-        guest
     }
 
     /// The agent's directory in /proc, as seen from outside.
