@@ -111,6 +111,14 @@ impl PodAccess {
         self.running.borrow().clone().ok_or(AccessError::NotRunning)
     }
 
+    /// Whether anything can be asked of the guest now.
+    ///
+    /// # Errors
+    /// [`AccessError::NotRunning`].
+    pub fn check_running(&self) -> Result<(), AccessError> {
+        self.runtime().map(drop)
+    }
+
     fn guest(&self) -> Result<Guest, AccessError> {
         Ok(self.runtime()?.guest().clone())
     }

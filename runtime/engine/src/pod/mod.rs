@@ -15,6 +15,8 @@ mod logs;
 mod prepare;
 mod rundir;
 mod runtime;
+#[cfg(test)]
+pub(crate) mod stand_in;
 mod state;
 mod status;
 mod timeline;

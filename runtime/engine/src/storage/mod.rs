@@ -154,7 +154,7 @@ enum Source {
 }
 
 /// The disks of a pod, and how the guest is told of them.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Layout {
     disks: Vec<(String, Source)>,
     /// What the guest mounts.

@@ -15,7 +15,7 @@ fn script(name: &str) -> PathBuf {
 }
 
 /// A VM whose process is silent, and the VMM's end of its control socket (which blocks).
-async fn vm_in_hand() -> (Vm, Channel) {
+pub(crate) async fn vm_in_hand() -> (Vm, Channel) {
     let (ours, theirs) = Channel::pair().unwrap();
     // The process gets a socket too, but it is another.
     let (_, unused) = Channel::pair().unwrap();
@@ -23,7 +23,7 @@ async fn vm_in_hand() -> (Vm, Channel) {
     (Vm::drive(ours, process).unwrap(), theirs)
 }
 
-fn connection(vmm: &Channel, port: u32) -> std::os::unix::net::UnixStream {
+pub(crate) fn connection(vmm: &Channel, port: u32) -> std::os::unix::net::UnixStream {
     let (guest, host) = std::os::unix::net::UnixStream::pair().unwrap();
     let event = Event::VsockAccepted { port, guest_port: 9, fd: FdIndex(0) };
     vmm.send(&event, &[host.as_fd()]).unwrap();

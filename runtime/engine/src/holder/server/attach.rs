@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tonic::{Status, Streaming};
 
 use super::exec::{exited, size, started, stderr, stdout};
-use super::{QUEUE, Served, To, refused};
+use super::{QUEUE, Served, To, check_piece, refused};
 use crate::pod::{ContainerState, ContainerStatus, Input, LogChunk, PodStatus, Stream, Terminated};
 
 /// How long the last output may be on its way after the container was seen ended.
@@ -51,9 +51,18 @@ pub(super) async fn attach(
         let output = show(tap, &to, (served.status.clone(), &container, run), tty);
         let feed = feed(&served, &container, input.as_ref(), requests);
         tokio::pin!(output, feed);
-        tokio::select! {
-            () = &mut output => {}
-            () = &mut feed => output.await,
+        let fed = tokio::select! {
+            () = &mut output => Ok(()),
+            fed = &mut feed => match fed {
+                Ok(()) => {
+                    output.await;
+                    Ok(())
+                }
+                Err(refusal) => Err(refusal),
+            },
+        };
+        if let Err(refusal) = fed {
+            drop(to.send(Err(refusal)).await);
         }
         // As in Kubernetes: the input ends with the first one who leaves.
         if once && let Some(input) = &input {
@@ -160,13 +169,16 @@ async fn feed(
     container: &str,
     input: Option<&mpsc::Sender<Input>>,
     mut requests: Streaming<wire::AttachRequest>,
-) {
+) -> Result<(), Status> {
     use wire::attach_request::Message;
     use wire::input::Input as Said;
     while let Ok(Some(wire::AttachRequest { message })) = requests.message().await {
         let Some(Message::Input(wire::Input { input: Some(said) })) = message else { continue };
         match (said, input) {
-            (Said::Stdin(bytes), Some(input)) => drop(input.send(Input::Bytes(bytes)).await),
+            (Said::Stdin(bytes), Some(input)) => {
+                check_piece("stdin", &bytes)?;
+                drop(input.send(Input::Bytes(bytes)).await);
+            }
             (Said::End(wire::EndOfInput {}), Some(input)) => drop(input.send(Input::End).await),
             (Said::Stdin(_) | Said::End(_), None) => {}
             (Said::Size(window), _) => resize(served, container, window).await,
@@ -177,4 +189,5 @@ async fn feed(
             }
         }
     }
+    Ok(())
 }

@@ -6,7 +6,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
-use super::{QUEUE, pump, refused, refused_by_guest};
+use super::{QUEUE, check_piece, pump, refused, refused_by_guest};
 use crate::guest::GuestError;
 use crate::pod::{Copy, PodAccess};
 
@@ -78,6 +78,7 @@ pub(super) async fn copy_in(
             stream.connected().await.map_err(|error| refused_by_guest(&GuestError::Vm(error)))?;
         while let Some(wire::CopyInRequest { message }) = requests.message().await? {
             let Some(Message::Data(data)) = message else { continue };
+            check_piece("data", &data)?;
             if let Err(error) = to.write_all(&data).await {
                 // The agent says why.
                 tracing::debug!(%error, "an archive is not taken any more");

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tonic::{Status, Streaming};
 
-use super::{QUEUE, To, pump, refused, refused_by_guest};
+use super::{QUEUE, To, check_piece, pump, refused, refused_by_guest};
 use crate::guest::StartFailure;
 use crate::pod::{AccessError, ExecProcess, ExecRequest, ExecStreams, PodAccess};
 
@@ -144,7 +144,10 @@ async fn serve(
         // Input may end long before the process does.
         let exit = tokio::select! {
             exit = &mut wait => exit,
-            () = &mut feed => wait.await,
+            fed = &mut feed => match fed {
+                Ok(()) => wait.await,
+                Err(refusal) => return Err(refusal),
+            },
         };
         let rest = async { while pumps.join_next().await.is_some() {} };
         if tokio::time::timeout(EOF_GRACE, rest).await.is_err() {
@@ -156,18 +159,17 @@ async fn serve(
         }
     };
     let last = tokio::select! {
-        last = run => Some(last),
-        () = to.closed() => None,
+        last = run => last,
+        () = to.closed() => Err(Status::cancelled("the command is gone")),
     };
-    if let Some(last) = last {
-        if last.is_ok() {
-            // Before the command is told, so that nothing is left then.
-            process.finish().await;
-        }
+    if last.is_ok() {
+        // Before the command is told, so that nothing is left then.
+        process.finish().await;
         drop(to.send(last).await);
         return;
     }
-    // The command is gone. Its streams were closed by leaving them; a terminal also hangs up.
+    drop(to.send(last).await);
+    // The command is gone, or sent what it must not. Its streams were closed by leaving them; a terminal also hangs up.
     if tty && let Err(error) = process.signal(SIGHUP).await {
         tracing::debug!(%error, "a process without a command has ended");
     }
@@ -178,7 +180,7 @@ async fn feed(
     process: &ExecProcess,
     mut stdin: Option<UnixStream>,
     mut requests: Streaming<wire::ExecRequest>,
-) {
+) -> Result<(), Status> {
     use wire::exec_request::Message;
     use wire::input::Input;
     loop {
@@ -189,18 +191,17 @@ async fn feed(
         };
         let Some(Message::Input(wire::Input { input: Some(input) })) = message else { continue };
         let done = match input {
-            Input::Stdin(bytes) => match &mut stdin {
-                Some(to) => match to.write_all(&bytes).await {
-                    Ok(()) => Ok(()),
-                    Err(error) => {
-                        // A program need not read its input to the end.
-                        tracing::debug!(%error, "a process takes no input any more");
-                        stdin = None;
-                        Ok(())
-                    }
-                },
-                None => Ok(()),
-            },
+            Input::Stdin(bytes) => {
+                check_piece("stdin", &bytes)?;
+                if let Some(to) = &mut stdin
+                    && let Err(error) = to.write_all(&bytes).await
+                {
+                    // A program need not read its input to the end.
+                    tracing::debug!(%error, "a process takes no input any more");
+                    stdin = None;
+                }
+                Ok(())
+            }
             Input::End(wire::EndOfInput {}) => {
                 stdin = None;
                 Ok(())
@@ -214,4 +215,5 @@ async fn feed(
     }
     // The end of the requests is the end of the input.
     drop(stdin);
+    Ok(())
 }

@@ -6,6 +6,10 @@
 mod attach;
 mod copy;
 mod exec;
+mod refusal;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
+mod tests;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -28,12 +32,17 @@ use super::output::Taps;
 use super::status::StatusRecord;
 use crate::guest::GuestError;
 use crate::pod::{AccessError, PodAccess, PodStatus, Stopper};
+use refusal::{check_piece, refused, refused_by_guest};
 
 /// Most connections at once; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 128;
 
 /// Most calls at once on a connection.
 const MAX_CALLS: u32 = 64;
+
+/// Largest message of a client in bytes: room for the arguments and environment of a process. A
+/// larger one is refused before it is read.
+const MAX_REQUEST: usize = 4 * 1024 * 1024;
 
 /// How many pieces wait for a client before what makes them is held up.
 const QUEUE: usize = 4;
@@ -103,9 +112,13 @@ async fn is_over(ended: &mut watch::Receiver<Option<StatusRecord>>) {
     drop(ended.wait_for(Option::is_some).await);
 }
 
+fn service(served: Served) -> PodServer<Served> {
+    PodServer::new(served).max_decoding_message_size(MAX_REQUEST)
+}
+
 async fn serve_one(stream: UnixStream, served: Served) {
     let mut ended = served.ended.clone();
-    let service = TowerToHyperService::new(PodServer::new(served));
+    let service = TowerToHyperService::new(service(served));
     let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
         .max_concurrent_streams(MAX_CALLS)
         .serve_connection(TokioIo::new(stream), service);
@@ -119,25 +132,6 @@ async fn serve_one(stream: UnixStream, served: Served) {
     };
     if let Err(error) = result {
         tracing::debug!(%error, "a command's connection broke");
-    }
-}
-
-/// What a command is told of a refusal.
-fn refused(error: &AccessError) -> Status {
-    match error {
-        AccessError::NotRunning => Status::unavailable(error.to_string()),
-        AccessError::NoContainer { .. } => Status::not_found(error.to_string()),
-        AccessError::NoDebugging => Status::failed_precondition(error.to_string()),
-        AccessError::Task(_) => Status::unavailable(error.to_string()),
-        AccessError::Describe(_) => Status::invalid_argument(error.to_string()),
-        AccessError::Guest(error) => refused_by_guest(error),
-    }
-}
-
-fn refused_by_guest(error: &GuestError) -> Status {
-    match error {
-        GuestError::Refused { code, message, rpc: _ } => Status::new(*code, message),
-        error => Status::unavailable(super::chain(error)),
     }
 }
 
@@ -287,6 +281,8 @@ impl Served {
     /// The named containers, or all that run; of those, one that has ended meanwhile is no error.
     async fn set_paused(&self, containers: Vec<String>, paused: bool) -> Result<(), Status> {
         let all = containers.is_empty();
+        // Also if none is named, and none runs: nothing can be done then.
+        self.access.check_running().map_err(|error| refused(&error))?;
         let containers = if all { self.running() } else { containers };
         for container in containers {
             match self.access.set_paused(&container, paused).await {
