@@ -3,6 +3,7 @@
 use std::io::{IsTerminal, Read};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -11,7 +12,7 @@ use husk_image::{Credentials, ImportOptions, Imported, Platform, PullError, Pull
 use serde::Serialize;
 
 use crate::args::{Global, ImageArgs, ImageCommand, Output};
-use crate::images::Bars;
+use crate::progress::Reporter;
 
 /// Longest password that is read, in bytes.
 const MAX_PASSWORD: u64 = 4096;
@@ -19,6 +20,7 @@ const MAX_PASSWORD: u64 = 4096;
 /// Does what a subcommand of `husk image` says.
 pub(crate) fn run(global: &Global, args: ImageArgs) -> anyhow::Result<ExitCode> {
     let images = global.config()?.images_dir();
+    let progress = Reporter::on_stderr(global.quiet);
     let store = Store::open(&images)
         .with_context(|| format!("cannot use the image store in {}", images.display()))?;
     match args.command {
@@ -36,11 +38,11 @@ pub(crate) fn run(global: &Global, args: ImageArgs) -> anyhow::Result<ExitCode> 
                 .enable_all()
                 .build()
                 .context("cannot make an event loop")?;
-            let pulled = runtime.block_on(pull(&store, &reference, options));
+            let pulled = runtime.block_on(pull(&store, &reference, options, progress));
             print_imported(&pulled.map_err(|error| cannot_pull(&reference, error))?);
         }
         ImageCommand::Import { path, name, platform } => {
-            import(&store, &path, name.as_deref(), platform.as_deref())?;
+            import(&store, &path, name.as_deref(), platform.as_deref(), &progress)?;
         }
         ImageCommand::Ls { output } => list(&store, output)?,
         ImageCommand::Rm { references } => remove(&store, &references)?,
@@ -48,14 +50,15 @@ pub(crate) fn run(global: &Global, args: ImageArgs) -> anyhow::Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-/// Pulls an image, with progress on the terminal.
+/// Pulls an image, and shows its progress.
 pub(crate) async fn pull(
     store: &Store,
     reference: &str,
     options: PullOptions,
+    progress: Arc<Reporter>,
 ) -> Result<Imported, PullError> {
-    let bars = Bars::new();
-    store.pull(reference, &PullOptions { progress: bars, ..options }).await
+    progress.pulling(reference);
+    store.pull(reference, &PullOptions { progress, ..options }).await
 }
 
 /// A failed pull with its causes, and a line on what to do where that is known.
@@ -135,10 +138,10 @@ fn import(
     path: &Path,
     name: Option<&str>,
     platform: Option<&str>,
+    progress: &Reporter,
 ) -> anyhow::Result<()> {
     let platform = platform_of(platform)?;
-    let bars = Bars::new();
-    let options = ImportOptions { name, platform: &platform, progress: bars.as_ref() };
+    let options = ImportOptions { name, platform: &platform, progress };
     let kind =
         std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
     let imported = if kind.is_dir() {

@@ -11,6 +11,7 @@ mod check;
 mod image;
 mod images;
 mod pods;
+mod progress;
 mod run;
 
 use std::process::ExitCode;

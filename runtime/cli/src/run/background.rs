@@ -24,6 +24,7 @@ use super::{
 };
 use crate::EXIT_HUSK_FAILED;
 use crate::args::{Global, Output, RunArgs};
+use crate::progress::{Most, Reporter};
 
 /// Hold one pod of the manifest on standard input, for `husk run --detach`
 #[derive(Debug, Args)]
@@ -33,6 +34,9 @@ pub(crate) struct HoldArgs {
     /// Which pod
     #[arg(long, value_name = "NAMESPACE/NAME")]
     pod: String,
+    /// Whether other processes show the progress of their pods on the same terminal
+    #[arg(long)]
+    beside_others: bool,
 }
 
 /// What the process says of the start.
@@ -55,7 +59,7 @@ pub(super) fn launch(
     pods: &[(PodSpec, Arc<Source>)],
 ) -> anyhow::Result<ExitCode> {
     let children: Vec<_> =
-        pods.iter().map(|(pod, source)| spawn(global, args, pod, source)).collect();
+        pods.iter().map(|(pod, source)| spawn(global, args, pod, source, pods.len() > 1)).collect();
     let mut failed = false;
     for ((pod, _), child) in pods.iter().zip(children) {
         let name = format!("{}/{}", pod.metadata.namespace, pod.metadata.name);
@@ -77,11 +81,18 @@ pub(super) fn launch(
     Ok(ExitCode::from(if failed { EXIT_HUSK_FAILED } else { 0 }))
 }
 
-fn spawn(global: &Global, args: &RunArgs, pod: &PodSpec, source: &Source) -> anyhow::Result<Child> {
+fn spawn(
+    global: &Global,
+    args: &RunArgs,
+    pod: &PodSpec,
+    source: &Source,
+    beside_others: bool,
+) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("cannot tell where husk itself lies")?;
     let mut command = Command::new(program);
     command.args(global.repeated()?).arg("hold").args(args.repeated());
     command.arg("--pod").arg(format!("{}/{}", pod.metadata.namespace, pod.metadata.name));
+    command.args(beside_others.then_some("--beside-others"));
     command.arg("-").stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().context("cannot start the process that holds the pod")?;
     let mut stdin = child.stdin.take().context("it has no standard input")?;
@@ -113,7 +124,8 @@ pub(crate) fn hold(global: &Global, args: &HoldArgs) -> anyhow::Result<ExitCode>
         .find(|spec| args.pod == format!("{}/{}", spec.metadata.namespace, spec.metadata.name))
         .with_context(|| format!("there is no pod {} in the manifest", args.pod))?;
     let options = pod_options(global, &args.run, false)?;
-    let images = store_images(&options.config)?;
+    let progress = progress(global, args.beside_others);
+    let images = store_images(&options.config, progress.clone())?;
     let (namespace, name) = (spec.metadata.namespace.clone(), spec.metadata.name.clone());
     std::env::set_current_dir("/").context("cannot leave the directory")?;
     on_event_loop(async move {
@@ -138,6 +150,8 @@ pub(crate) fn hold(global: &Global, args: &HoldArgs) -> anyhow::Result<ExitCode>
         rustix::stdio::dup2_stderr(&log)?;
         let interrupts = tokio::spawn(watch_signals(vec![held.stopper()])?);
         let status = started_or_over(&mut held).await;
+        // Whoever reads the terminal or pipe to its end waits for this process no longer.
+        progress.close();
         launched.uid = held.spec().metadata.uid.clone().unwrap_or_default();
         launched.phase = status.phase.as_str().to_owned();
         let record = StatusRecord::of(&status);
@@ -155,6 +169,18 @@ pub(crate) fn hold(global: &Global, args: &HoldArgs) -> anyhow::Result<ExitCode>
         tracing::info!(phase = report.status.phase.as_str(), "the pod has ended");
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Shows the progress of pulls where the command does that started this process, as long as it waits.
+fn progress(global: &Global, beside_others: bool) -> Arc<Reporter> {
+    let most = match (global.quiet, beside_others) {
+        (true, _) => Most::Nothing,
+        // Bars would be drawn over each other.
+        (false, true) => Most::Lines,
+        (false, false) => Most::Bars,
+    };
+    let command = rustix::process::getppid();
+    Reporter::on_this_stderr(most, move || rustix::process::getppid() == command)
 }
 
 /// Waits until each of the pod's containers was started or could not be, or the pod has ended.

@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use self::logs::Printer;
 use crate::args::{Global, Output, RunArgs};
 use crate::images::StoreImages;
+use crate::progress::Reporter;
 
 /// Largest manifest that is read, in bytes.
 const MAX_MANIFEST: u64 = manifest::MAX_LEN as u64;
@@ -44,7 +45,7 @@ pub(crate) fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCode> {
         return background::launch(global, &args, &pods);
     }
     let options = pod_options(global, &args, args.output == Output::Json)?;
-    let images = store_images(&options.config)?;
+    let images = store_images(&options.config, Reporter::on_stderr(global.quiet))?;
     let hold = hold_options(&args, false);
     let reports = on_event_loop(run_pods(pods, images, options, hold, args.output))?;
     show(&reports, &args, global)?;
@@ -65,7 +66,7 @@ fn hold_options(args: &RunArgs, background: bool) -> HoldOptions {
     HoldOptions { background, replace: args.replace, rotation }
 }
 
-fn store_images(config: &Config) -> anyhow::Result<Arc<dyn Images>> {
+fn store_images(config: &Config, progress: Arc<Reporter>) -> anyhow::Result<Arc<dyn Images>> {
     let images = config.images_dir();
     let store = Store::open(&images).with_context(|| {
         format!(
@@ -74,7 +75,7 @@ fn store_images(config: &Config) -> anyhow::Result<Arc<dyn Images>> {
             images.display()
         )
     })?;
-    Ok(Arc::new(StoreImages::new(store)))
+    Ok(Arc::new(StoreImages::new(store, progress)))
 }
 
 /// One thread serves everything: it only ever passes things on.
