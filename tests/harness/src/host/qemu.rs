@@ -41,6 +41,7 @@ pub(crate) fn choose() -> (Accelerator, String) {
 #[derive(Debug, Clone)]
 pub(crate) struct Machine {
     pub(crate) accelerator: Accelerator,
+    /// Processors for what runs in it; see [`Machine::processors`].
     pub(crate) cpus: u32,
     pub(crate) memory_mib: u32,
     pub(crate) kernel: PathBuf,
@@ -59,18 +60,36 @@ const KERNEL_COMMAND_LINE: &str = "root=/dev/nvme0n1 rw rootfstype=ext4 console=
      mitigations=off audit=0 net.ifnames=0 systemd.show_status=0 nvme.poll_queues=0";
 
 impl Machine {
+    /// How many processors QEMU has, and what else the kernel is told.
+    ///
+    /// TCG's first processor must never run a guest, so that it gets one more and systemd keeps every
+    /// process off it: QEMU (10.0, and later) writes to that processor's flags, among them whether
+    /// nested paging is on, from every other one that restores an FPU state (`cpu_clear_ignne`), with
+    /// no lock. A context switch there at the moment of a VMRUN or #VMEXIT here undid it: guests died
+    /// of a triple fault, and this kernel with them. ADR 0016.
+    fn processors(&self) -> (u32, String) {
+        match self.accelerator {
+            Accelerator::Kvm => (self.cpus, String::new()),
+            Accelerator::Tcg => {
+                (self.cpus.saturating_add(1), format!(" systemd.cpu_affinity=1-{}", self.cpus))
+            }
+        }
+    }
+
     /// QEMU's arguments.
     pub(crate) fn arguments(&self) -> Result<Vec<String>> {
         let (accelerator, cpu) = match self.accelerator {
             Accelerator::Kvm => ("kvm", "host"),
             Accelerator::Tcg => ("tcg,thread=multi,tb-size=512", "EPYC,+svm,+npt"),
         };
+        let (processors, affinity) = self.processors();
         let mut arguments: Vec<String> = Vec::new();
         let mut add = |parts: &[&str]| arguments.extend(parts.iter().map(|part| (*part).into()));
         add(&["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]);
         add(&["-name", "husk-testhost", "-M", "q35", "-accel", accelerator, "-cpu", cpu]);
-        add(&["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()]);
-        add(&["-kernel", &text(&self.kernel)?, "-append", KERNEL_COMMAND_LINE]);
+        add(&["-smp", &processors.to_string(), "-m", &self.memory_mib.to_string()]);
+        let command_line = format!("{KERNEL_COMMAND_LINE}{affinity}");
+        add(&["-kernel", &text(&self.kernel)?, "-append", &command_line]);
         add(&["-serial", &format!("file:{}", comma_escaped(&self.console_log)?)]);
         // The overlay is a file that QEMU has already unlinked: it cannot outlive QEMU.
         let root = comma_escaped(&self.root_disk)?;
@@ -128,9 +147,18 @@ mod tests {
     fn translation_emulates_amd_virtualisation() {
         let arguments = machine(Accelerator::Tcg).arguments().unwrap().join(" ");
         assert!(arguments.contains("-cpu EPYC,+svm,+npt"), "{arguments}");
-        assert!(arguments.contains("-smp 2 -m 6144"), "{arguments}");
         let arguments = machine(Accelerator::Kvm).arguments().unwrap().join(" ");
         assert!(arguments.contains("-accel kvm -cpu host"), "{arguments}");
+    }
+
+    #[test]
+    fn the_first_emulated_processor_is_one_more_and_runs_no_process() {
+        let arguments = machine(Accelerator::Tcg).arguments().unwrap().join(" ");
+        assert!(arguments.contains("-smp 3 -m 6144"), "{arguments}");
+        assert!(arguments.contains(" systemd.cpu_affinity=1-2 -serial"), "{arguments}");
+        let arguments = machine(Accelerator::Kvm).arguments().unwrap().join(" ");
+        assert!(arguments.contains("-smp 2 -m 6144"), "{arguments}");
+        assert!(!arguments.contains("affinity"), "{arguments}");
     }
 
     #[test]
