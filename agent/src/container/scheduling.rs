@@ -278,8 +278,12 @@ pub(crate) fn apply(
     if let Some(cpus) = cpus {
         rustix::thread::sched_setaffinity(None, cpus).map_err(step("execCPUAffinity.final"))?;
     }
-    // Also without a scheduler in the configuration: the agent's own is not for its children.
-    sys::sched_setattr(scheduler.unwrap_or(&DEFAULT)).map_err(step("scheduler"))?;
+    // First, and also without a scheduler in the configuration: the agent's own is not for its
+    // children, nor is it what SCHED_FLAG_KEEP_POLICY keeps.
+    sys::sched_setattr(&DEFAULT).map_err(step("scheduler"))?;
+    if let Some(scheduler) = scheduler {
+        sys::sched_setattr(scheduler).map_err(step("scheduler"))?;
+    }
     if let Some(priority) = io_priority {
         sys::ioprio_set(priority).map_err(step("ioPriority"))?;
     }
