@@ -162,7 +162,8 @@ spec:
       periodSeconds: 1
       failureThreshold: 2
     lifecycle:
-      postStart: {exec: {command: [sh, -c, "echo from the hook > /state/post"]}}
+      # In the second run it is beside the command that reads what the first has written.
+      postStart: {exec: {command: [sh, -c, "[ -e /state/post ] || echo from the hook > /state/post"]}}
       preStop: {exec: {command: [sh, -c, "echo from the other hook > /state/pre"]}}
   - name: last
     image: localhost/husk/busybox:test
