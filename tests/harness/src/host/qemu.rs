@@ -62,17 +62,15 @@ const KERNEL_COMMAND_LINE: &str = "root=/dev/nvme0n1 rw rootfstype=ext4 console=
 impl Machine {
     /// How many processors QEMU has, and what else the kernel is told.
     ///
-    /// TCG's first processor must never run a guest, so that it gets one more and systemd keeps every
-    /// process off it: QEMU (10.0, and later) writes to that processor's flags, among them whether
+    /// TCG's first processor must never run a guest, so that it gets one more, and no process is
+    /// scheduled on the first: QEMU (10.0, and later) writes to that processor's flags, among them whether
     /// nested paging is on, from every other one that restores an FPU state (`cpu_clear_ignne`), with
     /// no lock. A context switch there at the moment of a VMRUN or #VMEXIT here undid it: guests died
     /// of a triple fault, and this kernel with them. ADR 0016.
     fn processors(&self) -> (u32, String) {
         match self.accelerator {
             Accelerator::Kvm => (self.cpus, String::new()),
-            Accelerator::Tcg => {
-                (self.cpus.saturating_add(1), format!(" systemd.cpu_affinity=1-{}", self.cpus))
-            }
+            Accelerator::Tcg => (self.cpus.saturating_add(1), " isolcpus=domain,0".to_owned()),
         }
     }
 
@@ -155,10 +153,10 @@ mod tests {
     fn the_first_emulated_processor_is_one_more_and_runs_no_process() {
         let arguments = machine(Accelerator::Tcg).arguments().unwrap().join(" ");
         assert!(arguments.contains("-smp 3 -m 6144"), "{arguments}");
-        assert!(arguments.contains(" systemd.cpu_affinity=1-2 -serial"), "{arguments}");
+        assert!(arguments.contains(" isolcpus=domain,0 -serial"), "{arguments}");
         let arguments = machine(Accelerator::Kvm).arguments().unwrap().join(" ");
         assert!(arguments.contains("-smp 2 -m 6144"), "{arguments}");
-        assert!(!arguments.contains("affinity"), "{arguments}");
+        assert!(!arguments.contains("isolcpus"), "{arguments}");
     }
 
     #[test]
