@@ -39,6 +39,7 @@ mod user_namespaces;
 use std::time::Duration;
 
 use guest::{Guest, Options, base_spec, exec_process};
+use husk_proto::agent as wire;
 use serde_json::json;
 use tonic::Code;
 
@@ -238,6 +239,35 @@ async fn volumes_are_shared_and_sub_paths_stay_inside_them() {
     assert_eq!(run.stdout, "2777:1234\n", "{}", run.stderr);
     let run = guest.run_with("d", with_volume("ls /data", whole), Options::default()).await;
     assert_eq!(run.stdout, "file\nroot\nsub\nx\n");
+}
+
+#[tokio::test]
+async fn the_end_of_a_process_can_be_asked_for_right_behind_its_start() {
+    let guest = Guest::boot().await;
+    guest.start("a", base_spec(&["sleep", "1000"]), Options::default()).await;
+    for round in 0..30 {
+        let exec = format!("e{round}");
+        let process = exec_process(&["sh", "-c", "exit 7"]);
+        // In this order on one connection, and neither waits for the other.
+        let (started, exit) = tokio::join!(
+            guest.start_exec("a", &exec, process, Options::default()),
+            guest.wait("a", &exec),
+        );
+        started.unwrap();
+        assert_eq!(exit.exit_code, 7);
+    }
+    let (failure, exit) =
+        tokio::join!(guest.exec_failure("a", "f", exec_process(&["nope"])), async {
+            let request =
+                wire::WaitProcessRequest { container_id: "a".into(), exec_id: "f".into() };
+            guest.client().wait_process(request).await
+        });
+    assert_eq!(failure.exit_code, 127);
+    // It is not left waiting for a process that will never be.
+    match exit {
+        Ok(exit) => assert_eq!(exit.into_inner().exit_code, 127),
+        Err(status) => assert_eq!(status.code(), Code::NotFound),
+    }
 }
 
 #[tokio::test]

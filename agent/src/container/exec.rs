@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use husk_proto::agent::ExecProcessRequest;
 use rustix::thread::ThreadNameSpaceType;
+use tokio::sync::watch;
 
 use super::init::Job;
 use super::process::ProcessPlan;
@@ -19,6 +20,14 @@ use crate::cgroup::Cgroup;
 use crate::lock;
 use crate::stdio::{self, Ends, Relay};
 
+/// A process that is to be made: its name is taken, and whoever waits for its end already can.
+pub(crate) struct ExecReserved {
+    id: String,
+    exec: String,
+    target: Target,
+    ports: husk_proto::agent::Stdio,
+}
+
 /// What an exec needs of its container.
 struct Target {
     plan: ProcessPlan,
@@ -29,9 +38,26 @@ struct Target {
     remains: Arc<Remains>,
     pid: u32,
     pidfd: Arc<std::os::fd::OwnedFd>,
+    /// Where the new process's end will be told.
+    outcome: watch::Sender<Outcome>,
 }
 
 impl Runner {
+    /// Takes the name for a process that is to be run in a running container by [`Self::exec`].
+    ///
+    /// # Errors
+    /// [`ContainerError`].
+    pub(crate) fn reserve_exec(
+        &self,
+        request: ExecProcessRequest,
+    ) -> Result<ExecReserved, ContainerError> {
+        let ExecProcessRequest { container_id: id, exec_id: exec, process, stdio } = request;
+        check_name("exec_id", &exec)?;
+        let given = spec::parse_process(&process)?;
+        let target = self.take_name(&id, &exec, given)?;
+        Ok(ExecReserved { id, exec, target, ports: stdio.unwrap_or_default() })
+    }
+
     /// Runs a process in a running container. Returns its process ID, or why its program cannot be
     /// executed. On failure nothing is left of it.
     ///
@@ -39,24 +65,20 @@ impl Runner {
     /// [`ContainerError`].
     pub(crate) async fn exec(
         &self,
-        request: ExecProcessRequest,
+        reserved: ExecReserved,
     ) -> Result<Result<u32, StartFailure>, ContainerError> {
-        let ExecProcessRequest { container_id: id, exec_id, process, stdio } = request;
-        check_name("exec_id", &exec_id)?;
-        let given = spec::parse_process(&process)?;
-        let target = self.reserve_exec(&id, &exec_id, given)?;
-        let result = self.exec_reserved(&id, &exec_id, &target, stdio.unwrap_or_default()).await;
+        let ExecReserved { id, exec, target, ports } = reserved;
+        let result = self.exec_reserved(&id, &exec, &target, ports).await;
         if let Some(container) = lock(&self.table).containers.get_mut(&id) {
-            container.execs_starting.remove(&exec_id);
+            container.execs_starting.remove(&exec);
             if !matches!(result, Ok(Ok(_))) {
-                container.execs.remove(&exec_id);
+                container.execs.remove(&exec);
             }
         }
         result
     }
 
-    /// Takes the name for a process that is to be made.
-    fn reserve_exec(
+    fn take_name(
         &self,
         id: &str,
         exec: &str,
@@ -67,12 +89,14 @@ impl Runner {
         state::transition(container.state, Event::Exec)
             .map_err(|refused| ContainerError::Refused(id.to_owned(), refused))?;
         let plan = container.plan.exec(given)?;
-        if container.execs.contains_key(exec) || !container.execs_starting.insert(exec.to_owned()) {
+        if container.execs.contains_key(exec) || container.execs_starting.contains_key(exec) {
             return Err(ContainerError::ExecExists {
                 container: id.to_owned(),
                 exec: exec.to_owned(),
             });
         }
+        let outcome = watch::Sender::new(Outcome::Pending);
+        container.execs_starting.insert(exec.to_owned(), outcome.clone());
         Ok(Target {
             plan,
             kinds: container.plan.namespaces.to_enter(),
@@ -80,6 +104,7 @@ impl Runner {
             remains: Arc::clone(&container.remains),
             pid: container.main.pid,
             pidfd: Arc::clone(&container.main.pidfd),
+            outcome,
         })
     }
 
@@ -93,6 +118,7 @@ impl Runner {
         let plan = &target.plan;
         let (streams, child_stdio) = stdio::prepare(&ports, plan.terminal.is_some())?;
         let Spawned { mut process, mut gate, reaped } = self.clone_exec(target, child_stdio)?;
+        process.outcome = target.outcome.clone();
         process.oom_kills_before = target.remains.cgroup.oom_kills()?;
         {
             let mut table = lock(&self.table);

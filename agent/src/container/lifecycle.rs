@@ -47,18 +47,31 @@ impl Runner {
         Ok(failure)
     }
 
-    /// Waits for the end of a process and of its output.
+    /// Waits for the end of a process and of its output, also of one that is still being made.
     ///
     /// # Errors
     /// [`ContainerError`] if there is no such process.
     pub(crate) async fn wait(&self, id: &str, exec: &str) -> Result<Exit, ContainerError> {
-        let mut outcome = lock(&self.table).process(id, exec)?.outcome.subscribe();
+        let mut outcome = {
+            let mut table = lock(&self.table);
+            match table.container(id)?.execs_starting.get(exec) {
+                Some(outcome) => outcome.subscribe(),
+                None => table.process(id, exec)?.outcome.subscribe(),
+            }
+        };
         loop {
             if let Outcome::Ended(exit) = *outcome.borrow_and_update() {
                 return Ok(exit);
             }
             if outcome.changed().await.is_err() {
-                return Err(ContainerError::NoContainer(id.to_owned()));
+                return Err(match exec {
+                    super::MAIN => ContainerError::NoContainer(id.to_owned()),
+                    // It could not be made.
+                    exec => ContainerError::NoProcess {
+                        container: id.to_owned(),
+                        exec: exec.to_owned(),
+                    },
+                });
             }
         }
     }

@@ -159,8 +159,8 @@ struct Container {
     /// What holds the process back until it is started; taken by the start.
     gate: Option<Gate>,
     execs: BTreeMap<String, Process>,
-    /// Names of processes that are being made.
-    execs_starting: BTreeSet<String>,
+    /// Names of processes that are being made, and where their end will be told.
+    execs_starting: BTreeMap<String, watch::Sender<Outcome>>,
     /// How many kills for memory have been told of.
     oom_kills_told: u64,
     /// Tells of kills for memory as they happen.

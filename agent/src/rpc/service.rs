@@ -74,8 +74,11 @@ impl Service for Agent {
     ) -> Result<Response<wire::ExecProcessResponse>, Status> {
         use wire::exec_process_response::Result as Wire;
         let agent = self.clone();
+        // At once, for the question for its end that may come right behind.
+        let reserved = agent.runner.reserve_exec(request.into_inner());
+        let reserved = reserved.map_err(|e| container_status(&e))?;
         to_the_end(async move {
-            let result = agent.runner.exec(request.into_inner()).await;
+            let result = agent.runner.exec(reserved).await;
             let result = match result.map_err(|e| container_status(&e))? {
                 Ok(pid) => Wire::Pid(pid),
                 Err(why) => Wire::Failure(failure(why)),

@@ -3,6 +3,7 @@
 //!
 //! husk's half is driven as a pod's process drives it: by the engine's handle of the guest.
 
+use std::cell::RefCell;
 use std::fs;
 use std::io::Read;
 use std::path::Path;
@@ -10,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use husk_engine::guest::{Guest, Streams, Wanted};
+use husk_engine::guest::{Guest, ProcessEnd, Streams, Wanted};
 use husk_engine::manifest;
 use husk_engine::paths::Config;
 use husk_engine::storage::{self, Layer, Layout};
@@ -61,13 +62,15 @@ pub(crate) fn compare(setup: &Setup) -> Result<Vec<String>> {
     Ok(results)
 }
 
-/// A container that does `true`, from its making to its removal, against `crun run`.
+/// A container that does `true`, from its making to its exit, and to its removal, against `crun run`,
+/// which removes it too.
 fn containers(
     setup: &Setup,
     runtime: &Runtime,
     pod: &RunningPod,
     peer: &Peer<'_>,
 ) -> Result<Vec<String>> {
+    let removed = RefCell::new(Vec::new());
     let mut round = 0;
     let husk = || {
         round += 1;
@@ -77,16 +80,17 @@ fn containers(
             let mut steps = Steps::start();
             let streams = pod.create_container(&id, &["true"]).await?;
             steps.done("create");
-            pod.begin(&id).await?;
+            let end = pod.begin(&id).await?;
             steps.done("start");
-            pod.finish(&id, None, streams).await?;
+            finish(&id, end, streams).await?;
             steps.done("exit");
+            let took = started.elapsed();
             pod.guest.delete_container(&id).await?;
             steps.done("delete");
             println!("   {}", steps.text);
-            anyhow::Ok(())
-        })?;
-        Ok(started.elapsed())
+            removed.borrow_mut().push(started.elapsed());
+            anyhow::Ok(took)
+        })
     };
     let mut theirs = 0;
     let crun = || {
@@ -101,7 +105,15 @@ fn containers(
     ];
     let samples = pairs::interleave(setup.rounds, || (), &mut contenders)?;
     let ratio = pairs::ratio(&samples[0], &samples[1]).context("no samples")?;
-    Ok(vec![format!("ratio container_true {ratio:.2} vs crun")])
+    drop(contenders);
+    // The first is of the warm-up.
+    let removed = removed.borrow();
+    let removed = removed.get(1..).and_then(|removed| pairs::ratio(removed, &samples[1]));
+    let removed = removed.context("no samples")?;
+    Ok(vec![
+        format!("ratio container_true {ratio:.2} vs crun"),
+        format!("ratio container_true_and_delete {removed:.2} vs crun"),
+    ])
 }
 
 /// One more process that does `true`, against `crun exec`.
@@ -128,8 +140,8 @@ fn processes(
         runtime.block_on(async {
             let (stdio, streams) = pod.guest.expect_streams(Wanted { stdin: false, tty: false });
             let started = pod.guest.exec_process("sleeper", &id, process.clone(), stdio).await?;
-            started.map_err(|failure| anyhow::anyhow!("exec: {}", failure.message))?;
-            pod.finish("sleeper", Some(&id), streams).await
+            let end = started.map_err(|failure| anyhow::anyhow!("exec: {}", failure.message))?;
+            finish(&id, end, streams).await
         })?;
         Ok(started.elapsed())
     };
@@ -164,13 +176,14 @@ fn output(
         round += 1;
         let id = format!("output-{round}");
         runtime.block_on(async {
-            let Streams { stdin: _, stdout, stderr } = pod.start_container(&id, &args).await?;
+            let (streams, mut end) = pod.start_container(&id, &args).await?;
+            let Streams { stdin: _, stdout, stderr } = streams;
             let mut stdout = stdout.connected().await?;
             let mut clock = Clock::default();
             let mut buffer = vec![0; 64 << 10];
             while clock.read(stdout.read(&mut buffer).await?) {}
             let took = clock.took()?;
-            let exit = pod.guest.wait_process(&id, None).await?;
+            let exit = end.wait().await?;
             ensure!(exit.exit_code == 0, "{exit:?}");
             drop(stderr);
             pod.guest.delete_container(&id).await?;
@@ -300,6 +313,14 @@ fn read_json(path: &Path) -> Result<Value> {
     Ok(serde_json::from_slice(&text)?)
 }
 
+/// Waits for a process that says nothing and succeeds.
+async fn finish(id: &str, mut end: ProcessEnd, streams: Streams) -> Result<()> {
+    let exit = end.wait().await?;
+    drop(streams);
+    ensure!(exit.exit_code == 0, "{id}: {exit:?}");
+    Ok(())
+}
+
 /// Runs a command to its end without holding its output; it must succeed.
 fn time(command: &mut Command) -> Result<Duration> {
     let started = Instant::now();
@@ -356,13 +377,12 @@ impl RunningPod {
         Ok(RunningPod { guest, root, config })
     }
 
-    async fn start_container(&self, id: &str, args: &[&str]) -> Result<Streams> {
+    async fn start_container(&self, id: &str, args: &[&str]) -> Result<(Streams, ProcessEnd)> {
         let streams = self.create_container(id, args).await?;
-        self.begin(id).await?;
-        Ok(streams)
+        Ok((streams, self.begin(id).await?))
     }
 
-    async fn begin(&self, id: &str) -> Result<()> {
+    async fn begin(&self, id: &str) -> Result<ProcessEnd> {
         let started = self.guest.start_container(id).await?;
         started.map_err(|failure| anyhow::anyhow!("{id}: {}", failure.message))
     }
@@ -379,17 +399,9 @@ impl RunningPod {
         Ok(streams)
     }
 
-    /// Waits for a process that says nothing and succeeds.
-    async fn finish(&self, id: &str, exec: Option<&str>, streams: Streams) -> Result<()> {
-        let exit = self.guest.wait_process(id, exec).await?;
-        drop(streams);
-        ensure!(exit.exit_code == 0, "{id} {exec:?}: {exit:?}");
-        Ok(())
-    }
-
-    async fn kill(&self, id: &str, streams: Streams) -> Result<()> {
+    async fn kill(&self, id: &str, (streams, mut end): (Streams, ProcessEnd)) -> Result<()> {
         self.guest.signal(id, rustix::process::Signal::KILL.as_raw().cast_unsigned(), true).await?;
-        self.guest.wait_process(id, None).await?;
+        end.wait().await?;
         drop(streams);
         Ok(self.guest.delete_container(id).await?)
     }

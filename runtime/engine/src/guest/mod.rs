@@ -9,10 +9,10 @@ mod stdio;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use husk_proto::agent::agent_client::AgentClient;
-use husk_proto::agent::{self as proto, create_container_response, exec_process_response};
+use husk_proto::agent::{self as proto, create_container_response};
 use husk_proto::ports;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -114,19 +114,6 @@ pub struct StartFailure {
     pub exit_code: u8,
     /// Why, as runc words it.
     pub message: String,
-}
-
-/// How a process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ProcessExit {
-    /// 0 to 255; 128 + n if signal n ended it.
-    pub exit_code: u8,
-    /// The signal that ended it, or 0.
-    pub signal: u8,
-    /// Whether the kernel killed a process of the container for memory.
-    pub oom_killed: bool,
-    /// When, by the guest's clock.
-    pub at: SystemTime,
 }
 
 /// What the guest told of itself when its pod was set up.
@@ -235,6 +222,9 @@ macro_rules! call {
 // Here, because they use the macro.
 mod check;
 mod control;
+mod process;
+
+pub use process::{ProcessEnd, ProcessExit};
 
 impl Guest {
     /// Makes the pod's shared world. Once, and first.
@@ -275,73 +265,6 @@ impl Guest {
             Some(Failure(failure)) => start_failure("CreateContainer", failure).map(Err),
             None => Err(GuestError::Nonsense { rpc: "CreateContainer", what: "it is empty" }),
         }
-    }
-
-    /// Starts the program of a created container.
-    ///
-    /// # Errors
-    /// [`GuestError`].
-    pub async fn start_container(&self, id: &str) -> Result<Result<(), StartFailure>, GuestError> {
-        let request = proto::StartContainerRequest { id: id.to_owned() };
-        let proto::StartContainerResponse { failure } =
-            call!(self, start_container, "StartContainer", request)?;
-        match failure {
-            None => Ok(Ok(())),
-            Some(failure) => start_failure("StartContainer", failure).map(Err),
-        }
-    }
-
-    /// Runs one more process in a running container. Returns its ID in the guest.
-    ///
-    /// # Errors
-    /// [`GuestError`].
-    pub async fn exec_process(
-        &self,
-        container: &str,
-        exec: &str,
-        process: Vec<u8>,
-        stdio: proto::Stdio,
-    ) -> Result<Result<u32, StartFailure>, GuestError> {
-        use exec_process_response::Result::{Failure, Pid};
-        let request = proto::ExecProcessRequest {
-            container_id: container.to_owned(),
-            exec_id: exec.to_owned(),
-            process,
-            stdio: Some(stdio),
-        };
-        let proto::ExecProcessResponse { result } =
-            call!(self, exec_process, "ExecProcess", request)?;
-        match result {
-            Some(Pid(pid)) => Ok(Ok(pid)),
-            Some(Failure(failure)) => start_failure("ExecProcess", failure).map(Err),
-            None => Err(GuestError::Nonsense { rpc: "ExecProcess", what: "it is empty" }),
-        }
-    }
-
-    /// Waits for the end of a container's process, or of one that was started in it (`exec`).
-    ///
-    /// # Errors
-    /// [`GuestError`].
-    pub async fn wait_process(
-        &self,
-        container: &str,
-        exec: Option<&str>,
-    ) -> Result<ProcessExit, GuestError> {
-        let request = proto::WaitProcessRequest {
-            container_id: container.to_owned(),
-            exec_id: exec.unwrap_or_default().to_owned(),
-        };
-        let proto::WaitProcessResponse { exit_code, signal, oom_killed, exited_at_ns } =
-            call!(self, wait_process, "WaitProcess", request)?;
-        let nonsense = |what| GuestError::Nonsense { rpc: "WaitProcess", what };
-        Ok(ProcessExit {
-            exit_code: u8::try_from(exit_code).map_err(|_| nonsense("an exit code above 255"))?,
-            signal: u8::try_from(signal).map_err(|_| nonsense("a signal above 255"))?,
-            oom_killed,
-            at: SystemTime::UNIX_EPOCH
-                .checked_add(Duration::from_nanos(exited_at_ns))
-                .ok_or_else(|| nonsense("a time out of range"))?,
-        })
     }
 
     /// Sends a signal to a container's process, or to all of its processes. One that has ended

@@ -14,7 +14,7 @@ use super::actor::chain;
 use super::debug::Remover;
 use super::input::Input;
 use super::runtime::GuestRuntime;
-use crate::guest::{Guest, GuestError, ProcessExit, StartFailure, Streams, Wanted};
+use crate::guest::{Guest, GuestError, ProcessEnd, ProcessExit, StartFailure, Streams, Wanted};
 use crate::types::{ContainerSpec, PodSpec};
 use crate::vm::Accept;
 
@@ -87,6 +87,7 @@ pub struct ExecProcess {
     pub(super) container: String,
     /// `None` for the first process of a debug container.
     pub(super) id: Option<String>,
+    pub(super) end: tokio::sync::Mutex<ProcessEnd>,
     /// What removes the debug container.
     pub(super) debug: Option<Remover>,
 }
@@ -160,10 +161,11 @@ impl PodAccess {
         let (stdio, streams) = guest.expect_streams(wanted);
         match guest.exec_process(&container.name, &id, process, stdio).await? {
             // The agent made the connections before it answered.
-            Ok(_pid) => {
+            Ok(end) => {
                 let streams = connect(streams).await?;
                 let (container, id) = (container.name.clone(), Some(id));
-                Ok(Ok((ExecProcess { guest, container, id, debug: None }, streams)))
+                let process = ExecProcess { guest, container, id, end: end.into(), debug: None };
+                Ok(Ok((process, streams)))
             }
             Err(failure) => Ok(Err(failure)),
         }
@@ -302,7 +304,7 @@ impl ExecProcess {
     /// # Errors
     /// [`GuestError`].
     pub async fn wait(&self) -> Result<ProcessExit, GuestError> {
-        self.guest.wait_process(&self.container, self.id.as_deref()).await
+        self.end.lock().await.wait().await
     }
 
     /// Sends it a signal.

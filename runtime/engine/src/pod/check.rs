@@ -133,19 +133,19 @@ impl GuestRuntime {
         if !matches!(started, Ok(Ok(_))) {
             killer.disarm();
         }
-        match started {
-            Ok(Ok(_pid)) => {}
+        let mut end = match started {
+            Ok(Ok(end)) => end,
             // As the kubelet: a command that cannot be run is a failure.
             Ok(Err(failure)) => return Ok(Answer::Failure(failure.message)),
             Err(error) if error.is_fatal() => return Err(error),
             Err(error) => return unknown(chain(&error)),
-        }
+        };
         let Streams { stdin: _, stdout, stderr } = streams;
         let output = tokio::spawn(async move {
             let (stdout, stderr) = tokio::join!(read(Some(stdout)), read(stderr));
             [stdout, stderr].concat()
         });
-        let exit = guest.wait_process(&container.name, Some(&id)).await;
+        let exit = end.wait().await;
         killer.disarm();
         let exit = match exit {
             Ok(exit) => exit,

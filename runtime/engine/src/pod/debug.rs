@@ -67,14 +67,19 @@ async fn start(
         return Ok(Err(failure));
     }
     let remover = Remover { container: Some((guest.clone(), id.clone())) };
-    if let Err(failure) = guest.start_container(&id).await? {
-        // Nothing is left of it.
-        remover.disarm();
-        return Ok(Err(failure));
-    }
+    let end = match guest.start_container(&id).await? {
+        Ok(end) => end,
+        Err(failure) => {
+            // Nothing is left of it.
+            remover.disarm();
+            return Ok(Err(failure));
+        }
+    };
     // The agent made the connections before it answered.
     let streams = connect(streams).await?;
-    Ok(Ok((ExecProcess { guest, container: id, id: None, debug: Some(remover) }, streams)))
+    let process =
+        ExecProcess { guest, container: id, id: None, end: end.into(), debug: Some(remover) };
+    Ok(Ok((process, streams)))
 }
 
 /// Removes a debug container with all of its processes, at the latest when it is dropped.

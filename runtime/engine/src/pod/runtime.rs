@@ -19,7 +19,9 @@ use super::logs::{self, LogChunk, Stream};
 use super::state::{Index, ProbeKind};
 use super::timeline::Timeline;
 use super::{Measured, SharedFindings};
-use crate::guest::{Guest, GuestError, ProcessExit, StartFailure, Streams, Wanted, clean};
+use crate::guest::{
+    Guest, GuestError, ProcessEnd, ProcessExit, StartFailure, Streams, Wanted, clean,
+};
 use crate::oci::{self, SpecError, StartContext};
 use crate::storage::Layout;
 use crate::types::{ContainerSpec, PodSpec};
@@ -71,6 +73,7 @@ impl std::fmt::Debug for GuestRuntime {
 /// A container that runs: its streams are being read.
 pub(super) struct Run {
     id: String,
+    end: ProcessEnd,
     pumps: JoinSet<()>,
     ended: watch::Sender<bool>,
     /// The end of its output, if its message may come of it.
@@ -272,14 +275,14 @@ impl Runtime for GuestRuntime {
         let (pumps, ended) = self.attach((id, run), streams, tail.as_ref());
         let start = guest.start_container(id);
         match timeline.during(format!("container {id} started"), start).await? {
-            Ok(()) => Ok(Ok(Run { id: id.clone(), pumps, ended, tail })),
+            Ok(end) => Ok(Ok(Run { id: id.clone(), end, pumps, ended, tail })),
             Err(failure) => Ok(Err(failure)),
         }
     }
 
     async fn wait(&self, run: Run) -> Result<(ProcessExit, String), GuestError> {
-        let Run { id, mut pumps, ended, tail } = run;
-        let exit = self.0.guest.wait_process(&id, None).await;
+        let Run { id, mut end, mut pumps, ended, tail } = run;
+        let exit = end.wait().await;
         // Also after an error: what the container wrote before it is worth reading.
         ended.send_replace(true);
         while let Some(pump) = pumps.join_next().await {
