@@ -22,14 +22,16 @@ pub(crate) enum Cloned {
     },
 }
 
-/// `CLONE_INTO_CGROUP` of linux/sched.h; the constant of the libc crate is too narrow for it.
+/// Of linux/sched.h; the constants of the libc crate are too narrow for them.
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Makes a copy of this process with `clone3(2)`, in the namespaces of `flags` (CLONE_NEW*), and in
 /// the cgroup whose directory is `cgroup`.
 ///
 /// The child may use ordinary Rust because the agent has one thread; this is checked, not assumed.
-/// All signals are blocked in the child, and stay so until it calls [`reset_signals`].
+/// The child has none of the agent's signal handlers, which would write to what it shares with the
+/// agent. All signals are blocked in it, and stay so until it calls [`reset_signals`].
 ///
 /// # Errors
 /// `EDEADLK` if this process has more than one thread; otherwise what the kernel answers, e.g.
@@ -41,7 +43,7 @@ pub(crate) fn clone_process(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::R
     let mut pidfd: RawFd = -1;
     // SAFETY: clone_args is a plain structure of integers for which all zeroes is valid.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = flags | libc::CLONE_PIDFD as u64;
+    args.flags = flags | libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND;
     args.pidfd = std::ptr::from_mut(&mut pidfd) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     if let Some(fd) = cgroup {
@@ -78,11 +80,9 @@ pub(crate) fn reset_signals() {
     // SAFETY: sigaction and sigset_t are plain structures for which all zeroes is valid: SIG_DFL,
     // no flags, an empty mask.
     let default: libc::sigaction = unsafe { std::mem::zeroed() };
-    for signal in 1..=64 {
-        // SAFETY: `default` is a valid action. SIGKILL, SIGSTOP and glibc's own two signals are
-        // refused with EINVAL, which is what is wanted.
-        unsafe { libc::sigaction(signal, &default, std::ptr::null_mut()) };
-    }
+    // Handlers are gone since the clone; what was ignored still is, and Rust ignores this one.
+    // SAFETY: `default` is a valid action.
+    unsafe { libc::sigaction(libc::SIGPIPE, &default, std::ptr::null_mut()) };
     // SAFETY: sigemptyset initialises the set before it is used.
     unsafe {
         let mut none: libc::sigset_t = std::mem::zeroed();

@@ -5,6 +5,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::pipe::SpliceFlags;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
@@ -17,39 +20,153 @@ use super::buffer::Buffer;
 /// an ordinary process cannot exceed), so that nothing is lost that was written before the end.
 const LAST_BYTES: usize = 1 << 20;
 
+/// The most that is moved at once, before others have their turn.
+const MAX_SPLICE: usize = 64 * 1024;
+
 /// How long a host that takes nothing may then keep a process from having ended.
 const READER_LIMIT: Duration = Duration::from_secs(60);
 
 /// Where a process's output comes from.
-pub(super) enum Source {
-    Pipe(pipe::Receiver),
-    Terminal(Arc<AsyncFd<OwnedFd>>),
+pub(super) struct Source {
+    fd: Arc<AsyncFd<OwnedFd>>,
+    is_terminal: bool,
+}
+
+/// What came of one step.
+enum Moved {
+    Bytes(usize),
+    /// There is nothing more now.
+    Nothing,
+    /// There will never be more.
+    End,
+}
+
+/// Why a step failed.
+enum Trouble {
+    /// The process's end: nothing more can be read.
+    Source(io::Error),
+    /// The host's end: nobody takes anything more.
+    Host(io::Error),
 }
 
 impl Source {
+    /// The end of a pipe that the process writes to.
+    pub(super) fn pipe(fd: AsyncFd<OwnedFd>) -> Self {
+        Source { fd: Arc::new(fd), is_terminal: false }
+    }
+
+    /// The master of the process's terminal.
+    pub(super) fn terminal(fd: Arc<AsyncFd<OwnedFd>>) -> Self {
+        Source { fd, is_terminal: true }
+    }
+
     /// Waits until there is something to read, or the end.
     async fn readable(&self) -> io::Result<()> {
-        match self {
-            Self::Pipe(pipe) => pipe.readable().await,
-            // The readiness is kept until a read says that there is nothing.
-            Self::Terminal(master) => master.readable().await.map(|mut g| g.retain_ready()),
-        }
+        // The readiness is kept until something says that there is nothing.
+        self.fd.readable().await.map(|mut guard| guard.retain_ready())
     }
 
     /// Reads what is there. 0 is the end.
     fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Pipe(pipe) => pipe.try_read(buffer),
-            Self::Terminal(master) => {
-                let read =
-                    master.try_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd, &mut *buffer)?));
-                match read {
-                    // What Linux says when the last process has closed the terminal.
-                    Err(e) if e.raw_os_error() == Some(libc::EIO) => Ok(0),
-                    result => result,
-                }
+        let read = self.fd.try_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd, &mut *buffer)?));
+        match read {
+            // What Linux says when the last process has closed the terminal.
+            Err(e) if self.is_terminal && e.raw_os_error() == Some(libc::EIO) => Ok(0),
+            result => result,
+        }
+    }
+
+    /// Moves what is there on to the host, or away if there is no connection any more.
+    async fn step(
+        &self,
+        connection: Option<&mut UnixStream>,
+        closing: &mut watch::Receiver<bool>,
+    ) -> Result<Moved, Trouble> {
+        match connection {
+            Some(connection) if !self.is_terminal => self.splice(connection, closing).await,
+            connection => self.copy(connection, closing).await,
+        }
+    }
+
+    /// By the kernel, from the pipe into the connection: the bytes never come here.
+    async fn splice(
+        &self,
+        connection: &UnixStream,
+        closing: &mut watch::Receiver<bool>,
+    ) -> Result<Moved, Trouble> {
+        loop {
+            let pipe = self.fd.get_ref();
+            let flags = SpliceFlags::NONBLOCK;
+            match rustix::pipe::splice(pipe, None, connection, None, MAX_SPLICE, flags) {
+                Ok(0) => return Ok(Moved::End),
+                Ok(count) => return Ok(Moved::Bytes(count)),
+                Err(Errno::INTR) => {}
+                // One of the two would block; the error does not say which.
+                Err(Errno::AGAIN) => match would_block(pipe, connection).map_err(Trouble::Host)? {
+                    Some(Side::Pipe) => {
+                        let empty = |_: &OwnedFd| Err(io::ErrorKind::WouldBlock.into());
+                        let _cleared: io::Result<()> = self.fd.try_io(Interest::READABLE, empty);
+                        return Ok(Moved::Nothing);
+                    }
+                    Some(Side::Connection) => {
+                        room(connection, closing).await.map_err(Trouble::Host)?;
+                    }
+                    // Neither any more.
+                    None => tokio::task::coop::consume_budget().await,
+                },
+                Err(error) => return Err(Trouble::Host(error.into())),
             }
         }
+    }
+
+    /// By a buffer: a terminal cannot be spliced, and what nobody takes must go somewhere.
+    async fn copy(
+        &self,
+        connection: Option<&mut UnixStream>,
+        closing: &mut watch::Receiver<bool>,
+    ) -> Result<Moved, Trouble> {
+        let mut buffer = Buffer::take();
+        let bytes = match self.try_read(&mut buffer) {
+            Ok(0) => return Ok(Moved::End),
+            Ok(count) => buffer.get(..count).unwrap_or_default(),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Moved::Nothing),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(Moved::Bytes(0)),
+            Err(error) => return Err(Trouble::Source(error)),
+        };
+        if let Some(connection) = connection {
+            deliver(connection, bytes, closing).await.map_err(Trouble::Host)?;
+        }
+        Ok(Moved::Bytes(bytes.len()))
+    }
+}
+
+/// Which of the two keeps bytes from moving on.
+enum Side {
+    Pipe,
+    Connection,
+}
+
+fn would_block(pipe: &OwnedFd, connection: &UnixStream) -> io::Result<Option<Side>> {
+    let mut both = [PollFd::new(pipe, PollFlags::IN), PollFd::new(connection, PollFlags::OUT)];
+    rustix::event::poll(&mut both, Some(&Timespec::default()))?;
+    // An end or an error counts as ready: the next try will say it.
+    let [pipe, connection] = both.map(|fd| !fd.revents().is_empty());
+    Ok(match (pipe, connection) {
+        (false, _) => Some(Side::Pipe),
+        (true, false) => Some(Side::Connection),
+        (true, true) => None,
+    })
+}
+
+/// Waits until the host has taken something, however long it takes; but once `closing` is true, no
+/// longer than [`READER_LIMIT`].
+async fn room(connection: &UnixStream, closing: &mut watch::Receiver<bool>) -> io::Result<()> {
+    let full = || Err(io::ErrorKind::WouldBlock.into());
+    let _cleared: io::Result<()> = connection.try_io(Interest::WRITABLE, full);
+    tokio::select! {
+        biased;
+        writable = connection.writable() => writable,
+        () = closed(closing) => tokio::time::timeout(READER_LIMIT, connection.writable()).await?,
     }
 }
 
@@ -77,36 +194,33 @@ pub(super) async fn to_host(
             }
             () = closed(&mut closing) => true,
         };
-        let mut buffer = Buffer::take();
         loop {
-            let bytes = match source.try_read(&mut buffer) {
-                Ok(0) => {
+            match source.step(socket.as_mut(), &mut closing).await {
+                Ok(Moved::Bytes(count)) => {
+                    if *closing.borrow() {
+                        left = left.saturating_sub(count);
+                    }
+                }
+                Ok(Moved::Nothing) if last => break 'stream,
+                Ok(Moved::Nothing) => break,
+                Ok(Moved::End) => {
                     complete = true;
                     break 'stream;
                 }
-                Ok(count) => buffer.get(..count).unwrap_or_default(),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock && last => break 'stream,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    tracing::warn!(%error, "output cannot be read any more");
-                    break 'stream;
-                }
-            };
-            if *closing.borrow() {
-                left = left.saturating_sub(bytes.len());
-            }
-            if let Some(connection) = &mut socket {
-                if let Err(error) = deliver(connection, bytes, &mut closing).await {
+                Err(Trouble::Host(error)) => {
                     tracing::info!(%error, "nobody takes the output any more");
                     socket = None;
                 }
-            } else {
-                tokio::task::yield_now().await;
+                Err(Trouble::Source(error)) => {
+                    tracing::warn!(%error, "output cannot be read any more");
+                    break 'stream;
+                }
             }
             if left == 0 {
                 break 'stream;
             }
+            // A process that never stops writing must not keep the others from their turn.
+            tokio::task::coop::consume_budget().await;
         }
     }
     if let Some(mut connection) = socket

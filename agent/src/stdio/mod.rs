@@ -1,9 +1,10 @@
 //! A process's streams: pipes or a terminal on one side, a connection to the host for each on the
 //! other.
 //!
-//! Back-pressure: output is read from the process only after the host took what was read before, so
-//! that a reader that stops grows nobody's memory: there is at most one buffer of [`buffer::BYTES`]
-//! for each stream, and none while a stream is idle.
+//! Back-pressure: a process's output is spliced from its pipe into the connection as far as the host
+//! takes it, so that a reader that stops grows nobody's memory. What cannot be spliced, as a
+//! terminal's, is read only after the host took what was read before: there is at most one buffer of
+//! [`buffer::BYTES`] for each such stream, and none while a stream is idle.
 //!
 //! A process has ended for its client when all that it wrote was taken. What delays that is bounded:
 //! a descendant that keeps the output open by [`DRAIN_LIMIT`], a host that does not read by
@@ -56,8 +57,14 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> StdioErro
 
 /// Connections and pipes that nothing flows through yet.
 pub(crate) enum Ends {
-    Pipes { input: Option<(UnixStream, pipe::Sender)>, outputs: Vec<(pipe::Receiver, UnixStream)> },
-    Terminal { input: Option<UnixStream>, output: Option<UnixStream> },
+    Pipes {
+        input: Option<(UnixStream, pipe::Sender)>,
+        outputs: Vec<(AsyncFd<OwnedFd>, UnixStream)>,
+    },
+    Terminal {
+        input: Option<UnixStream>,
+        output: Option<UnixStream>,
+    },
 }
 
 /// Streams whose pipes are there and whose connections are not.
@@ -65,7 +72,7 @@ pub(crate) struct Unconnected {
     stdin_port: u32,
     input: Option<pipe::Sender>,
     /// Ports with the pipes that lead to them.
-    outputs: Vec<(u32, pipe::Receiver)>,
+    outputs: Vec<(u32, AsyncFd<OwnedFd>)>,
     /// The port of a terminal's output, for a process that has one; then there are no pipes.
     terminal_output: Option<u32>,
 }
@@ -102,7 +109,8 @@ pub(crate) fn prepare(
         0 => null(),
         port => {
             let (read, write) = make_pipe()?;
-            let read = pipe::Receiver::from_owned_fd(read).map_err(failed("watch a pipe"))?;
+            rustix::io::ioctl_fionbio(&read, true).map_err(failed("watch a pipe"))?;
+            let read = sys::watch(read).map_err(failed("watch a pipe"))?;
             outputs.push((port, read));
             Ok(write)
         }
@@ -133,15 +141,16 @@ impl Unconnected {
         // There are two at most.
         let mut outputs = outputs.into_iter();
         let (first, second) = (outputs.next(), outputs.next());
-        let port_of = |output: &Option<(u32, pipe::Receiver)>| output.as_ref().map_or(0, |o| o.0);
+        let port_of = |output: &Option<(u32, AsyncFd<OwnedFd>)>| output.as_ref().map_or(0, |o| o.0);
         let (stdin, one, other) = tokio::try_join!(
             connect(stdin_port),
             connect(port_of(&first)),
             connect(port_of(&second)),
         )?;
-        let with_pipe = |(output, socket): (Option<(u32, pipe::Receiver)>, Option<UnixStream>)| {
-            output.map(|(_, pipe)| pipe).zip(socket)
-        };
+        let with_pipe =
+            |(output, socket): (Option<(u32, AsyncFd<OwnedFd>)>, Option<UnixStream>)| {
+                output.map(|(_, pipe)| pipe).zip(socket)
+            };
         let outputs = [(first, one), (second, other)].into_iter().filter_map(with_pipe).collect();
         Ok(Ends::Pipes { input: stdin.zip(input), outputs })
     }
@@ -178,7 +187,7 @@ impl Relay {
                     )
                 });
                 for (pipe, socket) in outputs {
-                    let source = Source::Pipe(pipe);
+                    let source = Source::pipe(pipe);
                     let closing = relay.closing.subscribe();
                     relay.outputs.push(tokio::spawn(to_host(source, Some(socket), closing)));
                 }
@@ -196,7 +205,7 @@ impl Relay {
                     })
                 });
                 // Read even if nobody wants it: a terminal that is not read from stops its writers.
-                let source = Source::Terminal(Arc::clone(&master));
+                let source = Source::terminal(Arc::clone(&master));
                 let closing = relay.closing.subscribe();
                 relay.outputs.push(tokio::spawn(to_host(source, output, closing)));
                 relay.terminal = Some(master);

@@ -237,7 +237,9 @@ impl Guest {
             cgroup.display(),
             agent_binary()
         );
-        let process = Command::new("unshare")
+        // As the kernel starts it, whatever the one who runs the tests ignores.
+        let process = Command::new("env")
+            .args(["--default-signal", "unshare"])
             .args(["--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"])
             .args(["sh", "-c", &script])
             .env("HUSK_AGENT_TEST_DIR", directory.path())

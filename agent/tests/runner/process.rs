@@ -96,3 +96,23 @@ async fn labels_are_refused_by_name_unless_they_are_empty() {
         assert!(error.message().contains(&format!("process.{field}")), "{error}");
     }
 }
+
+#[tokio::test]
+async fn no_signal_is_ignored_blocked_or_caught_at_a_programs_start() {
+    let guest = Guest::boot().await;
+    // grep itself changes none.
+    let grep = ["grep", "-E", "^Sig(Blk|Ign|Cgt)", "/proc/self/status"];
+    guest.start("b", base_spec(&["sleep", "1000"]), Options::default()).await;
+    let of_container = guest.run("a", &grep).await.stdout;
+    let of_exec = guest.exec("b", "e", exec_process(&grep)).await.unwrap().stdout;
+    for status in [of_container, of_exec] {
+        let masks: Vec<u64> = status
+            .lines()
+            .map(|line| u64::from_str_radix(line.split_once('\t').unwrap().1, 16).unwrap())
+            .collect();
+        // But the two of glibc, which nobody can give an action: whoever runs the tests has theirs.
+        const GLIBC: u64 = 0b11 << 31;
+        assert_eq!(masks.len(), 3, "{status}");
+        assert!(masks.iter().all(|mask| mask & !GLIBC == 0), "{status}");
+    }
+}
