@@ -22,6 +22,7 @@
 mod boot;
 mod cgroup;
 mod container;
+mod dial;
 mod files;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
@@ -29,7 +30,6 @@ pub mod fuzzing;
 mod host;
 mod log;
 mod pod;
-mod probe;
 mod reaper;
 mod rpc;
 mod stdio;

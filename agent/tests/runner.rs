@@ -10,6 +10,8 @@
 mod calls;
 #[path = "runner/copy.rs"]
 mod copy;
+#[path = "runner/dial.rs"]
+mod dial;
 #[path = "runner/files.rs"]
 mod files;
 mod guest;
@@ -25,8 +27,6 @@ mod limits;
 mod mounts;
 #[path = "runner/namespaces.rs"]
 mod namespaces;
-#[path = "runner/probe.rs"]
-mod probe;
 #[path = "runner/process.rs"]
 mod process;
 #[path = "runner/seccomp.rs"]

@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use tonic::Status;
 
 use crate::container::{ContainerError, Runner};
+use crate::dial::Dialer;
 use crate::host::Host;
 use crate::pod::{self, PodInfo};
 use crate::reaper::Reaper;
@@ -50,6 +51,7 @@ struct Times {
 pub(crate) struct Agent {
     host: Host,
     runner: Runner,
+    dialer: Dialer,
     pod: Arc<Mutex<Pod>>,
     times: Arc<Mutex<Times>>,
     shutdown: Arc<Notify>,
@@ -63,6 +65,7 @@ impl Agent {
     pub(crate) fn new(host: Host, reaper: Reaper, init_ns: u64) -> std::io::Result<Self> {
         Ok(Self {
             runner: Runner::new(host.transport(), reaper)?,
+            dialer: Dialer::new(host.transport()),
             host,
             pod: Arc::new(Mutex::new(Pod::New)),
             times: Arc::new(Mutex::new(Times { init_ns, ready_ns: 0 })),
@@ -128,8 +131,9 @@ impl Agent {
     async fn shut_down(&self) -> Result<(), Status> {
         *lock(&self.pod) = Pod::Over;
         self.runner.kill_all().await;
-        // An open stream would hold the connection.
+        // An open stream or an unanswered call would hold the connection.
         self.runner.end_events();
+        self.dialer.end();
         // In a process of its own: writing back a disk can take long.
         if let Err(error) = self.runner.in_child("unmount", storage::unmount_all).await {
             // The VM ends all the same: nobody could do better.

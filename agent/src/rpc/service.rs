@@ -3,14 +3,13 @@
 use husk_proto::agent as wire;
 use husk_proto::agent::agent_server::Agent as Service;
 use tokio_stream::StreamExt;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 
 use super::Agent;
-use super::status::{container_status, copy_status, status, volume_status};
+use super::status::{container_status, copy_status, dial_status, volume_status};
 use crate::container::StartFailure;
 use crate::container::copy::Direction;
 use crate::epoch_ns;
-use crate::probe;
 use crate::storage;
 
 /// Runs a request to its end even if its client goes away: half of a create helps nobody.
@@ -194,14 +193,17 @@ impl Service for Agent {
         Ok(Response::new(wire::ListProcessesResponse { processes }))
     }
 
-    async fn probe(
+    async fn dial(
         &self,
-        request: Request<wire::ProbeRequest>,
-    ) -> Result<Response<wire::ProbeResponse>, Status> {
-        let answer = probe::put(request.into_inner()).await;
-        let probe::Answer { success, message } =
-            answer.map_err(|e| status(Code::InvalidArgument, &e.to_string()))?;
-        Ok(Response::new(wire::ProbeResponse { success, message }))
+        request: Request<wire::DialRequest>,
+    ) -> Result<Response<wire::DialResponse>, Status> {
+        use wire::dial_response::Result as Wire;
+        let dialled = self.dialer.dial(request.into_inner()).await;
+        let result = match dialled.map_err(|e| dial_status(&e))? {
+            Ok(()) => Wire::Connected(wire::Connected {}),
+            Err(why) => Wire::Failure(why),
+        };
+        Ok(Response::new(wire::DialResponse { result: Some(result) }))
     }
 
     async fn read_file(

@@ -7,6 +7,7 @@ use tonic::{Code, Status};
 use crate::cgroup::{CgroupError, UpdateError};
 use crate::container::ContainerError;
 use crate::container::copy::CopyError;
+use crate::dial::DialError;
 use crate::pod::PodError;
 use crate::storage::StorageError;
 use crate::{chain, shorten};
@@ -16,7 +17,7 @@ use crate::{chain, shorten};
 const MAX_TEXT: usize = 3072;
 
 /// A status, whose text is shortened if need be.
-pub(super) fn status(code: Code, text: &str) -> Status {
+fn status(code: Code, text: &str) -> Status {
     Status::new(code, shorten(text, MAX_TEXT))
 }
 
@@ -69,6 +70,17 @@ pub(super) fn copy_status(error: &CopyError) -> Status {
         CopyError::NotFound { .. } => Code::NotFound,
         CopyError::NotADirectory(_) => Code::FailedPrecondition,
         CopyError::Failed(_) | CopyError::Killed => Code::Internal,
+    };
+    status(code, &chain(error))
+}
+
+/// The status of a connection that could not be asked for.
+pub(super) fn dial_status(error: &DialError) -> Status {
+    let code = match error {
+        DialError::Host(_) | DialError::Port(_) | DialError::Timeout(_) => Code::InvalidArgument,
+        DialError::TooMany => Code::ResourceExhausted,
+        DialError::Ending => Code::FailedPrecondition,
+        DialError::Connect(_) | DialError::Io { .. } => Code::Internal,
     };
     status(code, &chain(error))
 }

@@ -99,7 +99,7 @@ const TABLE: &[(&str, [Answer; 6])] = &[
     ("Stats", [Stays; 6]),
     ("ListProcesses", [ABSENT, Stays, Stays, Stays, Stays, Stays]),
     ("WatchEvents", [Stays; 6]),
-    ("Probe", [Stays; 6]),
+    ("Dial", [Stays; 6]),
     ("ReadFile", [ABSENT, Stays, Stays, Stays, Stays, Stays]),
     ("UpdateVolume", [Stays; 6]),
     ("CopyOut", only_running("Copy")),
@@ -127,7 +127,7 @@ const NO_POD: &[(&str, [Answer; 2])] = {
         ("Stats", [Stays; 2]),
         ("ListProcesses", [ABSENT; 2]),
         ("WatchEvents", [Stays; 2]),
-        ("Probe", [Stays; 2]),
+        ("Dial", [Stays; 2]),
         ("ReadFile", [ABSENT; 2]),
         ("UpdateVolume", [NOT_YET, NEVER]),
         ("CopyOut", [ABSENT; 2]),
@@ -301,10 +301,12 @@ pub(crate) async fn call(guest: &Guest, rpc: &str, id: &str, exec: &str) -> Resu
             drop(client.list_processes(wire::ListProcessesRequest { container_id }).await?);
         }
         "WatchEvents" => drop(client.watch_events(wire::WatchEventsRequest {}).await?),
-        "Probe" => {
-            let socket = wire::TcpSocket { host: String::new(), port: 9 };
-            let check = Some(wire::probe_request::Check::TcpSocket(socket));
-            drop(client.probe(wire::ProbeRequest { check, timeout_ms: 60_000 }).await?);
+        "Dial" => {
+            let host = String::new();
+            let request = wire::DialRequest { host, port: 9, stream_port: 0, timeout_ms: 60_000 };
+            // Nobody listens there, which is an answer.
+            let answer = client.dial(request).await?.into_inner();
+            assert!(matches!(answer.result, Some(wire::dial_response::Result::Failure(_))));
         }
         "ReadFile" => {
             let path = "/dev/words".into();

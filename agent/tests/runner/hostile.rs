@@ -491,6 +491,8 @@ async fn a_message_of_absurd_size_is_refused_before_it_is_read() {
     let setup = guest.client().setup_pod(request).await.map(drop);
     let id = wire::PauseContainerRequest { id: "a".repeat(100 << 20) };
     let pause = guest.client().pause_container(id).await.map(drop);
+    let dial = wire::DialRequest { host: "a".repeat(100 << 20), ..wire::DialRequest::default() };
+    let dial = guest.client().dial(dial).await.map(drop);
     for (place, got) in [
         ("create", create),
         ("exec", exec),
@@ -498,12 +500,38 @@ async fn a_message_of_absurd_size_is_refused_before_it_is_read() {
         ("volume", volume),
         ("setup", setup),
         ("pause", pause),
+        ("dial", dial),
     ] {
         faults.check(got, Code::OutOfRange, "the limit is: 4194304 bytes", place);
     }
     let peak = memory_kib(&guest, "VmHWM");
     assert!(peak < before + 16 * 1024, "{before} KiB became {peak} KiB");
     guest.exec("main", "e", exec_process(&["true"])).await.unwrap();
+    faults.none();
+}
+
+#[tokio::test]
+async fn a_connection_to_nowhere_is_refused_by_the_fields_name() {
+    let mut faults = Faults::default();
+    let guest = Guest::boot().await;
+    let before = guest.count_left();
+    let good = || wire::DialRequest { port: 9, timeout_ms: 60_000, ..wire::DialRequest::default() };
+    let hosts = evil_names().into_iter().filter(|name| !name.is_empty());
+    let hosts = hosts.chain(["localhost", "127.0.0.1:9", "[::1]"].map(str::to_owned));
+    let mut requests: Vec<_> =
+        hosts.map(|host| (wire::DialRequest { host, ..good() }, "host: ")).collect();
+    requests
+        .extend([0, 65536, u32::MAX].map(|port| (wire::DialRequest { port, ..good() }, "port: ")));
+    requests.extend(
+        [0, 86_400_001, u64::MAX]
+            .map(|timeout_ms| (wire::DialRequest { timeout_ms, ..good() }, "timeout_ms: ")),
+    );
+    for (request, words) in requests {
+        let place = short(&format!("{request:?}"));
+        let got = guest.client().dial(request).await.map(drop);
+        faults.check(got, Code::InvalidArgument, words, &place);
+    }
+    assert_eq!(guest.count_left(), before);
     faults.none();
 }
 

@@ -299,8 +299,8 @@ impl Agent for Fake {
         Ok(Response::new(tokio_stream::pending()))
     }
 
-    async fn probe(&self, _: Request<proto::ProbeRequest>) -> Answer<proto::ProbeResponse> {
-        Err(Status::unimplemented("probes"))
+    async fn dial(&self, _: Request<proto::DialRequest>) -> Answer<proto::DialResponse> {
+        Err(Status::unimplemented("connections"))
     }
 
     async fn read_file(

@@ -15,6 +15,7 @@ pub mod manifest;
 pub mod oci;
 pub mod paths;
 pub mod pod;
+mod probe;
 pub mod sizing;
 pub mod storage;
 pub mod types;

@@ -506,10 +506,22 @@ pub enum Check {
     },
 }
 
-/// An HTTP request (`GET`, without TLS).
+/// How an HTTP request is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    /// As it is.
+    Http,
+    /// By TLS, with whatever certificate the server has.
+    Https,
+}
+
+/// An HTTP request (`GET`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HttpGet {
-    /// An address or `localhost`; empty for the pod's own address.
+    /// With or without TLS.
+    pub scheme: Scheme,
+    /// An address, `localhost`, which is the pod's, or a name for the host's resolver; empty for the
+    /// pod's own address.
     pub host: String,
     /// Port.
     pub port: u16,
@@ -522,7 +534,7 @@ pub struct HttpGet {
 /// A TCP connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TcpSocket {
-    /// An address or `localhost`; empty for the pod's own address.
+    /// As of an [`HttpGet`].
     pub host: String,
     /// Port.
     pub port: u16,

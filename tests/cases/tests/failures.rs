@@ -227,7 +227,7 @@ fn a_manifest_that_is_wrong_never_becomes_a_vm() -> Result<()> {
         ("apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: {}\n", "spec.containers"),
         (&pods::shell("true").replace("command:", "comand:"), "spec.containers[0].comand"),
         (
-            &pods::one("busybox", "true", "    livenessProbe: {httpGet: {port: 1, scheme: HTTPS}}"),
+            &pods::one("busybox", "true", "    livenessProbe: {httpGet: {port: 1, scheme: FTP}}"),
             "spec.containers[0].livenessProbe.httpGet.scheme",
         ),
         (

@@ -1,25 +1,10 @@
-//! What the life of a pod asks of its guest about containers: probes of the network, and last words.
+//! What the life of a pod asks of its guest about containers: last words.
 
 use husk_proto::agent as proto;
 
-use super::{Guest, GuestError, clean};
+use super::{Guest, GuestError};
 
 impl Guest {
-    /// Has the agent ask a server of the pod. Whether it answered as it should, and what was
-    /// answered or why not.
-    ///
-    /// # Errors
-    /// [`GuestError`].
-    pub async fn probe(
-        &self,
-        check: proto::probe_request::Check,
-        timeout_ms: u64,
-    ) -> Result<(bool, String), GuestError> {
-        let request = proto::ProbeRequest { check: Some(check), timeout_ms };
-        let proto::ProbeResponse { success, message } = call!(self, probe, "Probe", request)?;
-        Ok((success, clean(&message)))
-    }
-
     /// The end, at most `max_bytes`, of a file that was bound into a container, which may have
     /// ended.
     ///

@@ -223,8 +223,10 @@ macro_rules! call {
 mod check;
 mod control;
 mod process;
+mod tunnel;
 
 pub use process::{ProcessEnd, ProcessExit};
+pub use tunnel::Tunnel;
 
 impl Guest {
     /// Makes the pod's shared world. Once, and first.

@@ -285,18 +285,18 @@ const HOOK: &[Field] = &[
 
 const EXEC: &[Field] = &[yes("command", "required: words, without a shell")];
 
+const HOST: &str = "an address, `localhost` (the pod's) or a name; default: the pod's own";
+
 const HTTP_GET: &[Field] = &[
-    yes("host", "an address or `localhost`; default: the pod's own"),
+    yes("host", HOST),
     yes("port", "required: a number, or the name of a port of the container"),
     yes("path", "with the query; default `/`"),
     yes("httpHeaders", "`name`, `value`"),
-    only("scheme", &[Text("HTTP")], "the guest's agent has no TLS"),
+    yes("scheme", "`HTTP` (default), or `HTTPS`, with whatever certificate"),
 ];
 
-const TCP_SOCKET: &[Field] = &[
-    yes("host", "an address or `localhost`; default: the pod's own"),
-    yes("port", "required: a number, or the name of a port of the container"),
-];
+const TCP_SOCKET: &[Field] =
+    &[yes("host", HOST), yes("port", "required: a number, or the name of a port of the container")];
 
 const PORT: &[Field] = &[
     yes("containerPort", "required: 1 to 65535"),

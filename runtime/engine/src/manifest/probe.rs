@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use super::pod::check;
 use super::problem::Problems;
 use super::view::View;
+use crate::probe::url::escaped;
 use crate::types::{
-    Check, ContainerKind, ContainerPort, Hook, HttpGet, Lifecycle, Probe, Probes, TcpSocket,
+    Check, ContainerKind, ContainerPort, Hook, HttpGet, Lifecycle, Probe, Probes, Scheme, TcpSocket,
 };
 
 /// Kubernetes' defaults.
@@ -160,6 +161,7 @@ fn read_check(view: &View<'_>, ports: &[ContainerPort], problems: &mut Problems)
             Some(Check::Exec(words))
         }
         "httpGet" => Some(Check::HttpGet(HttpGet {
+            scheme: read_scheme(&inner.get("scheme"), problems),
             host: read_host(&inner, problems),
             port: read_port(&inner, ports, problems)?,
             path: encoded_path(inner.get("path").text(problems).unwrap_or_default()),
@@ -179,14 +181,27 @@ fn read_check(view: &View<'_>, ports: &[ContainerPort], problems: &mut Problems)
     }
 }
 
+fn read_scheme(view: &View<'_>, problems: &mut Problems) -> Scheme {
+    let schemes = [("HTTP", Scheme::Http), ("HTTPS", Scheme::Https)];
+    view.one_of(&schemes, problems).unwrap_or(Scheme::Http)
+}
+
 fn read_host(view: &View<'_>, problems: &mut Problems) -> String {
     let host = view.get("host");
     let text = host.text(problems).unwrap_or_default();
-    if !text.is_empty() && text != "localhost" && text.parse::<IpAddr>().is_err() {
-        let reason = "must be an address or localhost: the guest's agent looks no names up";
-        host.invalid(text, reason, problems);
-    }
+    check(&host, text, host_name, problems);
     text.to_owned()
+}
+
+/// An address, or a name that a resolver could know.
+fn host_name(text: &str) -> Result<(), &'static str> {
+    let letter = |b: u8| b.is_ascii_alphanumeric() || b"-_".contains(&b);
+    let label = |label: &str| (1..=63).contains(&label.len()) && label.bytes().all(letter);
+    let name = text.strip_suffix('.').unwrap_or(text);
+    let is_name = name.len() <= 253 && name.split('.').all(label);
+    (is_name || text.parse::<IpAddr>().is_ok())
+        .then_some(())
+        .ok_or("must be an address, or a name: letters, digits, '-' and '_' between dots")
 }
 
 /// A port by its number, or by the name that the container gives it.
@@ -235,18 +250,8 @@ fn header_value(text: &str) -> Result<(), &'static str> {
 /// everything escaped that would end it.
 fn encoded_path(text: &str) -> String {
     let (text, _fragment) = text.split_once('#').unwrap_or((text, ""));
-    let mut path = String::new();
-    if !text.starts_with('/') {
-        path.push('/');
-    }
-    for byte in text.bytes() {
-        if byte.is_ascii_graphic() && byte != b'"' {
-            path.push(char::from(byte));
-        } else {
-            path.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    path
+    let slash = if text.starts_with('/') { "" } else { "/" };
+    format!("{slash}{}", escaped(text.as_bytes()))
 }
 
 #[cfg(test)]
@@ -261,9 +266,25 @@ mod tests {
             ("/a?b=c&d", "/a?b=c&d"),
             ("/a b\r\nX: y", "/a%20b%0D%0AX:%20y"),
             ("/\u{e4}#part", "/%C3%A4"),
+            ("/a{b}<c>`", "/a%7Bb%7D%3Cc%3E%60"),
+            ("//a/../%zz?x=[1]", "//a/../%zz?x=[1]"),
         ] {
             assert_eq!(encoded_path(text), expected);
         }
+    }
+
+    #[test]
+    fn hosts_are_addresses_or_names() {
+        let long = ["a".repeat(63).as_str(); 4].join(".");
+        for host in ["localhost", "::1", "1.2.3.4", "a-b.example.com.", "under_score", &long[2..]] {
+            assert!(host_name(host).is_ok(), "{host}");
+        }
+        for host in
+            ["a b", "a/b", "a:80", "[::1]", "a..b", ".", ".a", "fe80::1%lo", "a\0", "\u{e4}", &long]
+        {
+            assert!(host_name(host).is_err(), "{host}");
+        }
+        assert!(host_name(&"a".repeat(64)).is_err());
     }
 
     #[test]

@@ -1,9 +1,8 @@
-//! Probes and hooks as the guest carries them out: commands in containers by the agent's exec, and
-//! requests by the agent from within the pod's network namespace.
+//! Probes and hooks as they are carried out: commands in containers by the agent's exec, and requests
+//! by [`crate::probe`].
 
 use std::time::Duration;
 
-use husk_proto::agent as proto;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 use super::actor::{Answer, chain};
@@ -11,7 +10,8 @@ use super::runtime::GuestRuntime;
 use super::state::ProbeKind;
 use crate::guest::{Guest, GuestError, Streams, Wanted, clean};
 use crate::oci;
-use crate::types::{Check, ContainerSpec, Hook, HttpGet, TcpSocket};
+use crate::probe::{self, Question};
+use crate::types::{Check, ContainerSpec, Hook};
 use crate::vm::Accept;
 
 /// Most bytes of a command's output that go into a message.
@@ -64,7 +64,7 @@ impl GuestRuntime {
         }
     }
 
-    /// Has the agent make a request.
+    /// Makes a request to a server of the pod.
     async fn ask(
         &self,
         container: &ContainerSpec,
@@ -72,36 +72,19 @@ impl GuestRuntime {
         limit: Duration,
         any_status: bool,
     ) -> Result<Answer, GuestError> {
-        use proto::probe_request::Check as Wire;
-        let check = match check {
-            Check::HttpGet(HttpGet { host, port, path, headers }) => {
-                Wire::HttpGet(proto::HttpGet {
-                    host: host.clone(),
-                    port: (*port).into(),
-                    path: path.clone(),
-                    scheme: "HTTP".into(),
-                    headers: headers
-                        .iter()
-                        .map(|(name, value)| proto::HttpHeader {
-                            name: name.clone(),
-                            value: value.clone(),
-                        })
-                        .collect(),
-                    any_status,
-                })
-            }
-            Check::TcpSocket(TcpSocket { host, port }) => {
-                Wire::TcpSocket(proto::TcpSocket { host: host.clone(), port: (*port).into() })
-            }
-            Check::Grpc { port, service } => {
-                Wire::Grpc(proto::Grpc { port: (*port).into(), service: service.clone() })
-            }
+        let question = match check {
+            Check::HttpGet(get) => Question::Http { get, any_status },
+            Check::TcpSocket(socket) => Question::Tcp(socket),
+            Check::Grpc { port, service } => Question::Grpc { port: *port, service },
             // Has been dealt with above.
             Check::Exec(command) => return self.command(container, command.clone()).await,
         };
-        let timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-        let (success, message) = self.guest().probe(check, timeout_ms).await?;
-        Ok(if success { Answer::Success } else { Answer::Failure(message) })
+        let probe::Answer { success, message } = probe::put(self.guest(), question, limit).await?;
+        if success {
+            tracing::debug!(container = container.name, message, "a server answered a check");
+            return Ok(Answer::Success);
+        }
+        Ok(Answer::Failure(message))
     }
 
     /// Runs a command in a container to its end. If this is dropped before, the command is killed.

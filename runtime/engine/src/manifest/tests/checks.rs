@@ -7,7 +7,8 @@ fn probes_have_the_defaults_of_an_api_server() {
     let container = &one(&container_with(
         "    ports: [{name: http, containerPort: 8080}]\n    \
          startupProbe: {exec: {command: [test, -e, /x]}, periodSeconds: 0}\n    \
-         livenessProbe: {httpGet: {port: http, path: a b, httpHeaders: [{name: X-A, value: b}]}, \
+         livenessProbe: {httpGet: {port: http, path: a b, httpHeaders: [{name: X-A, value: b}], \
+         scheme: HTTPS, host: example.com}, \
          terminationGracePeriodSeconds: 5}\n    \
          readinessProbe: {grpc: {port: 9}, initialDelaySeconds: 1, periodSeconds: 2, \
          timeoutSeconds: 3, successThreshold: 4, failureThreshold: 5}",
@@ -24,7 +25,8 @@ fn probes_have_the_defaults_of_an_api_server() {
     };
     assert_eq!(container.probes.startup.as_ref(), Some(&defaults));
     let get = HttpGet {
-        host: String::new(),
+        scheme: Scheme::Https,
+        host: "example.com".into(),
         port: 8080,
         path: "/a%20b".into(),
         headers: vec![("X-A".into(), "b".into())],
@@ -91,13 +93,13 @@ fn what_a_cluster_would_refuse_is_refused() {
             "  initContainers:\n  - {name: a, image: i, livenessProbe: {exec: {command: [a]}}}\n  \
              - {name: b, image: i, restartPolicy: Always, startupProbe: {tcpSocket: {port: 1}}}\n  \
              containers: [{name: c, image: i, \
-             livenessProbe: {httpGet: {port: 443, scheme: HTTPS, host: example.com}}, \
+             livenessProbe: {httpGet: {port: 443, scheme: https, host: 'example.com:443'}}, \
              lifecycle: {preStop: {tcpSocket: {port: 1}}}}]",
         ),
         &[
             "spec.initContainers[0].livenessProbe: init container: only init containers with restartPolicy: Always can have it",
-            "spec.containers[0].livenessProbe.httpGet.scheme: HTTPS: only HTTP is supported: the guest's agent has no TLS",
-            "spec.containers[0].livenessProbe.httpGet.host: example.com: must be an address or localhost: the guest's agent looks no names up",
+            "spec.containers[0].livenessProbe.httpGet.scheme: https: must be one of: HTTP, HTTPS",
+            "spec.containers[0].livenessProbe.httpGet.host: example.com:443: must be an address, or a name: letters, digits, '-' and '_' between dots",
             "spec.containers[0].lifecycle.preStop.tcpSocket: not supported yet",
         ],
     );

@@ -1,0 +1,175 @@
+//! Connections to servers in the pod's network, made by the agent and carried here (docs/adr/0017).
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use husk_proto::agent::dial_response::Result as Wire;
+use husk_proto::agent::{self as proto, Connected};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
+
+use super::{Guest, GuestError, clean};
+use crate::probe::Dialer;
+
+/// Longest time-out that the agent takes, in ms.
+const MAX_TIMEOUT_MS: u64 = 24 * 3600 * 1000;
+
+/// A connection to a server in the pod's network.
+///
+/// What is shut down for writing ends there too, and the other way round. Dropping it ends the
+/// connection at once, also in the guest: who wants all that was written to arrive shuts it down and
+/// reads to the end first.
+#[derive(Debug)]
+pub struct Tunnel {
+    stream: UnixStream,
+    /// The agent carries bytes as long as its call is not given up.
+    _call: Option<Call>,
+}
+
+/// A call that is given up when this is dropped.
+#[derive(Debug)]
+struct Call(JoinHandle<Result<Result<(), String>, GuestError>>);
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Guest {
+    /// Connects to a server from within the pod's network; `None` is the pod's own address. Or says
+    /// why the server does not accept, after `limit` at the latest.
+    ///
+    /// # Errors
+    /// [`GuestError`]; `Refused` with the code `ResourceExhausted` if there are too many already.
+    pub async fn dial(
+        &self,
+        address: Option<IpAddr>,
+        port: u16,
+        limit: Duration,
+    ) -> Result<Result<Tunnel, String>, GuestError> {
+        let (stream_port, accept) = self.expect_stream();
+        let (guest, request) = (self.clone(), request(address, port, stream_port, limit));
+        let mut call = Call(tokio::spawn(async move { guest.request_dial(request).await }));
+        let mut connected = pin!(accept.connected());
+        let answer = tokio::select! {
+            biased;
+            stream = &mut connected => {
+                let stream = stream.map_err(GuestError::Vm)?;
+                return Ok(Ok(Tunnel { stream, _call: Some(call) }));
+            }
+            answer = &mut call.0 => answer,
+        };
+        match answer {
+            Ok(Ok(Err(why))) => Ok(Err(why)),
+            Ok(Err(error)) => Err(error),
+            // It came, it was at its end at once, and word of that was faster.
+            Ok(Ok(Ok(()))) => {
+                let stream = connected.await.map_err(GuestError::Vm)?;
+                Ok(Ok(Tunnel { stream, _call: None }))
+            }
+            Err(_) => Err(GuestError::Nonsense { rpc: "Dial", what: "the call was cut off" }),
+        }
+    }
+
+    /// Sees whether a server accepts, as [`Guest::dial`], or why not.
+    ///
+    /// # Errors
+    /// As [`Guest::dial`].
+    pub async fn knock(
+        &self,
+        address: Option<IpAddr>,
+        port: u16,
+        limit: Duration,
+    ) -> Result<Result<(), String>, GuestError> {
+        self.request_dial(request(address, port, 0, limit)).await
+    }
+
+    async fn request_dial(
+        &self,
+        request: proto::DialRequest,
+    ) -> Result<Result<(), String>, GuestError> {
+        let proto::DialResponse { result } = call!(self, dial, "Dial", request)?;
+        match result {
+            Some(Wire::Connected(Connected {})) => Ok(Ok(())),
+            Some(Wire::Failure(why)) => Ok(Err(clean(&why))),
+            None => Err(GuestError::Nonsense { rpc: "Dial", what: "it is empty" }),
+        }
+    }
+}
+
+fn request(
+    address: Option<IpAddr>,
+    port: u16,
+    stream_port: u32,
+    limit: Duration,
+) -> proto::DialRequest {
+    let timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).clamp(1, MAX_TIMEOUT_MS);
+    let host = address.map(|address| address.to_string()).unwrap_or_default();
+    proto::DialRequest { host, port: port.into(), stream_port, timeout_ms }
+}
+
+impl Dialer for Guest {
+    type Stream = Tunnel;
+
+    async fn dial(
+        &self,
+        address: Option<IpAddr>,
+        port: u16,
+        limit: Duration,
+    ) -> Result<Result<Tunnel, String>, GuestError> {
+        self.dial(address, port, limit).await
+    }
+
+    async fn knock(
+        &self,
+        address: Option<IpAddr>,
+        port: u16,
+        limit: Duration,
+    ) -> Result<Result<(), String>, GuestError> {
+        self.knock(address, port, limit).await
+    }
+}
+
+impl AsFd for Tunnel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+impl AsyncRead for Tunnel {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Tunnel {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
+mod tests;
