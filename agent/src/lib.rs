@@ -28,6 +28,7 @@ mod files;
 #[doc(hidden)]
 pub mod fuzzing;
 mod host;
+mod kmsg;
 mod log;
 mod pod;
 mod reaper;

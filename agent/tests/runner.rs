@@ -19,6 +19,8 @@ mod guest;
 mod hooks;
 #[path = "runner/hostile.rs"]
 mod hostile;
+#[path = "runner/kernel_log.rs"]
+mod kernel_log;
 #[path = "runner/lifecycle.rs"]
 mod lifecycle;
 #[path = "runner/limits.rs"]

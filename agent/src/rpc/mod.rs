@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use husk_proto::agent as wire;
 use husk_proto::agent::agent_server::AgentServer;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tonic::Status;
 
 use crate::container::{ContainerError, Runner};
@@ -55,6 +55,8 @@ pub(crate) struct Agent {
     pod: Arc<Mutex<Pod>>,
     times: Arc<Mutex<Times>>,
     shutdown: Arc<Notify>,
+    /// True once streams without an end have to end: an open one would hold the connection.
+    over: watch::Sender<bool>,
 }
 
 impl Agent {
@@ -70,6 +72,7 @@ impl Agent {
             pod: Arc::new(Mutex::new(Pod::New)),
             times: Arc::new(Mutex::new(Times { init_ns, ready_ns: 0 })),
             shutdown: Arc::default(),
+            over: watch::Sender::new(false),
         })
     }
 
@@ -139,6 +142,8 @@ impl Agent {
             // The VM ends all the same: nobody could do better.
             tracing::error!(error = chain(&error), "the pod's disks may not be clean");
         }
+        // Last, so that the log tells of all that.
+        self.over.send_replace(true);
         self.shutdown.notify_one();
         Ok(())
     }

@@ -10,7 +10,11 @@ use super::status::{container_status, copy_status, dial_status, volume_status};
 use crate::container::StartFailure;
 use crate::container::copy::Direction;
 use crate::epoch_ns;
+use crate::kmsg;
 use crate::storage;
+
+/// What a call with more than one answer gives.
+type Answers<T> = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
 
 /// Runs a request to its end even if its client goes away: half of a create helps nobody.
 async fn to_the_end<T: Send + 'static>(
@@ -247,9 +251,19 @@ impl Service for Agent {
         Ok(Response::new(wire::CopyInResponse { bytes }))
     }
 
-    type WatchEventsStream = std::pin::Pin<
-        Box<dyn tokio_stream::Stream<Item = Result<wire::AgentEvent, Status>> + Send>,
-    >;
+    type KernelLogStream = Answers<wire::KernelLogRecords>;
+
+    async fn kernel_log(
+        &self,
+        request: Request<wire::KernelLogRequest>,
+    ) -> Result<Response<Self::KernelLogStream>, Status> {
+        let wire::KernelLogRequest { follow } = request.into_inner();
+        let failed = |e: std::io::Error| Status::internal(format!("read the kernel's log: {e}"));
+        let records = kmsg::stream(follow, self.over.subscribe()).map_err(failed)?;
+        Ok(Response::new(Box::pin(records.map(move |piece| piece.map_err(failed)))))
+    }
+
+    type WatchEventsStream = Answers<wire::AgentEvent>;
 
     async fn watch_events(
         &self,

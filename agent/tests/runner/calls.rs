@@ -99,6 +99,7 @@ const TABLE: &[(&str, [Answer; 6])] = &[
     ("Stats", [Stays; 6]),
     ("ListProcesses", [ABSENT, Stays, Stays, Stays, Stays, Stays]),
     ("WatchEvents", [Stays; 6]),
+    ("KernelLog", [Stays; 6]),
     ("Dial", [Stays; 6]),
     ("ReadFile", [ABSENT, Stays, Stays, Stays, Stays, Stays]),
     ("UpdateVolume", [Stays; 6]),
@@ -127,6 +128,7 @@ const NO_POD: &[(&str, [Answer; 2])] = {
         ("Stats", [Stays; 2]),
         ("ListProcesses", [ABSENT; 2]),
         ("WatchEvents", [Stays; 2]),
+        ("KernelLog", [Stays; 2]),
         ("Dial", [Stays; 2]),
         ("ReadFile", [ABSENT; 2]),
         ("UpdateVolume", [NOT_YET, NEVER]),
@@ -301,6 +303,10 @@ pub(crate) async fn call(guest: &Guest, rpc: &str, id: &str, exec: &str) -> Resu
             drop(client.list_processes(wire::ListProcessesRequest { container_id }).await?);
         }
         "WatchEvents" => drop(client.watch_events(wire::WatchEventsRequest {}).await?),
+        "KernelLog" => {
+            let log = client.kernel_log(wire::KernelLogRequest { follow: true }).await?;
+            drop(log.into_inner().message().await?.expect("it has a beginning"));
+        }
         "Dial" => {
             let host = String::new();
             let request = wire::DialRequest { host, port: 9, stream_port: 0, timeout_ms: 60_000 };

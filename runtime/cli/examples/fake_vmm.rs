@@ -17,6 +17,7 @@ use husk_proto::agent::agent_server::{Agent, AgentServer};
 use husk_proto::ports;
 use husk_vmm_api::{Channel, Event, Exit, FdIndex, Phase, Request as VmmRequest};
 use tokio::process::{Child, Command};
+use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status};
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -288,6 +289,33 @@ impl Agent for Fake {
             command: String::from_utf8_lossy(&command).replace('\0', " ").trim().to_owned(),
         };
         Ok(Response::new(proto::ListProcessesResponse { processes: vec![process] }))
+    }
+
+    type KernelLogStream = std::pin::Pin<
+        Box<dyn tokio_stream::Stream<Item = Result<proto::KernelLogRecords, Status>> + Send>,
+    >;
+
+    async fn kernel_log(
+        &self,
+        request: Request<proto::KernelLogRequest>,
+    ) -> Answer<Self::KernelLogStream> {
+        let record = |lost, at_us, text: &str| proto::KernelLogRecord {
+            lost,
+            level: 6,
+            facility: 0,
+            at_us,
+            text: text.into(),
+        };
+        let records = vec![
+            record(0, 0, "Linux version 0.0.0-fake"),
+            record(7, 1_650_695, "two\nlines \u{e4}\u{9b}\x1b[31m\t."),
+        ];
+        let all = tokio_stream::once(Ok(proto::KernelLogRecords { records }));
+        if request.into_inner().follow {
+            Ok(Response::new(Box::pin(all.chain(tokio_stream::pending()))))
+        } else {
+            Ok(Response::new(Box::pin(all)))
+        }
     }
 
     type WatchEventsStream = tokio_stream::Pending<Result<proto::AgentEvent, Status>>;

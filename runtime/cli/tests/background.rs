@@ -67,6 +67,16 @@ impl Background {
         self.inspect(name)["pod"]["pid"].as_i64().unwrap().try_into().unwrap()
     }
 
+    /// The VMM that a pod's process started, on whatever thread.
+    fn vmm(&self, name: &str) -> i32 {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid(name))).unwrap();
+        let children = threads.map(|thread| {
+            std::fs::read_to_string(thread.unwrap().path().join("children")).unwrap()
+        });
+        let children = children.collect::<String>();
+        children.split_whitespace().next().expect("it has a child").parse().unwrap()
+    }
+
     fn code(&self, args: &[&str]) -> Option<i32> {
         self.output(args).status.code()
     }
@@ -421,6 +431,40 @@ fn what_pods_use_and_run_is_told() {
     host.ok(&["kill", "-s", "USR1", "-c", "main", "p"]);
     until("the signal ended it", || host.code(&["wait", "p"]) == Some(138));
     assert_eq!(host.code(&["top", "p"]), Some(125));
+}
+
+#[test]
+fn the_guest_tells_its_kernels_log_and_the_console_what_it_cannot_tell() {
+    const LOG: &str = "[    0.000000] Linux version 0.0.0-fake\n[    1.650695] two\n\
+                       [    1.650695] lines \u{e4}\\x9b\\x1b[31m\t.\n";
+    let host = Background::new();
+    host.up(&pod("p", &[("main", "sleep 600")]));
+    let output = host.output(&["console", "p"]);
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(0), LOG));
+    assert!(text(&output.stderr).contains("7 records of the log were overwritten"));
+
+    let mut follow = host.spawn(&["console", "-f", "p"]);
+    let mut told = BufReader::new(follow.stdout.take().unwrap());
+    let mut seen = String::new();
+    while seen != LOG {
+        assert_ne!(told.read_line(&mut seen).unwrap(), 0, "{seen}");
+    }
+    // Its last words, when it can tell nothing any more.
+    let console = host.inspect("p")["console"].as_str().unwrap().to_owned();
+    let last = "[    1.000000] old\r\n[    2.000000] Kernel \x1b[31mpanic\r\n more";
+    std::fs::write(&console, last).unwrap();
+    kill_9(host.vmm("p"));
+    told.read_to_string(&mut seen).unwrap();
+    let words = "[    2.000000] Kernel \\x1b[31mpanic\n more\n";
+    assert_eq!(seen, format!("{LOG}{words}"));
+    assert_eq!(follow.wait().unwrap().code(), Some(0));
+
+    assert_eq!(host.code(&["wait", "p"]), Some(125));
+    for args in [&["console", "p"][..], &["console", "-f", "p"]] {
+        let output = host.output(args);
+        assert_eq!(text(&output.stdout), format!("[    1.000000] old\n{words}"));
+        assert!(text(&output.stderr).contains("pod default/p has ended"));
+    }
 }
 
 #[test]

@@ -221,16 +221,33 @@ fn commands_work_on_a_pod_in_the_background() -> Result<()> {
     ensure!(pod.husk.output(&["wait", pod.name])?.status.code() == Some(3));
     let events = pod.ok(&["events", "--no-follow", pod.name])?;
     ensure!(events.contains("main Exited (3)"), "{events}");
+    let console = pod.husk.output(&["console", pod.name])?;
+    ensure!(console.status.success() && text(&console.stderr).contains("has ended"));
     pod.gone()
+}
+
+/// The whole log of the guest's kernel, although it is started to be quiet.
+fn console(pod: &Pod) -> Result<()> {
+    let output = pod.husk.output(&["console", pod.name])?;
+    let (log, notes) = (text(&output.stdout), text(&output.stderr));
+    ensure!(output.status.success() && notes.is_empty(), "{}: {notes}", output.status);
+    ensure!(log.starts_with("[    0.000000] Linux version "), "{log}");
+    ensure!(log.lines().all(|line| line.starts_with('[')), "{log}");
+    let mut follow =
+        pod.husk.command(&["console", "-f", pod.name]).stdout(Stdio::piped()).spawn()?;
+    let mut told = File::from(OwnedFd::from(follow.stdout.take().context("no output")?));
+    read_until(&mut told, "Linux version ")?;
+    let say = "mknod /tmp/kmsg c 1 11 && echo '<6>said by the guest' > /tmp/kmsg";
+    pod.ok(&["exec", "-c", "shell", pod.name, "sh", "-c", say])?;
+    read_until(&mut told, "said by the guest")?;
+    follow.kill()?;
+    follow.wait()?;
+    Ok(())
 }
 
 /// Lists, statistics, the console; pauses.
 fn what_is_told(pod: &Pod) -> Result<()> {
-    let alert = "mknod /tmp/kmsg c 1 11 && echo '<1>said by the guest' > /tmp/kmsg";
-    pod.ok(&["exec", "-c", "shell", pod.name, "sh", "-c", alert])?;
-    pod.until("the console tells", |pod| {
-        Ok(pod.ok(&["console", pod.name])?.contains("said by the guest"))
-    })?;
+    console(pod)?;
     let top = pod.ok(&["top", pod.name])?;
     ensure!(top.contains("sleep") && top.contains("shell"), "{top}");
 

@@ -82,4 +82,12 @@ impl Lines {
         }
         Ok(())
     }
+
+    /// Hands out what has not become a line by the end, if there is something.
+    pub(super) fn finish(
+        self,
+        mut each: impl FnMut(&[u8]) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        if self.partial.is_empty() { Ok(()) } else { each(&self.partial) }
+    }
 }

@@ -5,6 +5,7 @@ pub(crate) mod completion;
 pub(crate) mod console;
 pub(crate) mod cp;
 pub(crate) mod debug;
+mod escape;
 pub(crate) mod events;
 pub(crate) mod exec;
 mod follow;

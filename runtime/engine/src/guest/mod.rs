@@ -19,6 +19,7 @@ use tokio::net::UnixStream;
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
+pub use kernel_log::KernelLog;
 pub use stdio::{Streams, Wanted};
 
 use crate::vm::{Accept, Vm, VmError, VmExit};
@@ -222,6 +223,7 @@ macro_rules! call {
 // Here, because they use the macro.
 mod check;
 mod control;
+mod kernel_log;
 mod process;
 mod tunnel;
 

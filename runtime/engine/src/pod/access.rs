@@ -14,7 +14,9 @@ use super::actor::chain;
 use super::debug::Remover;
 use super::input::Input;
 use super::runtime::GuestRuntime;
-use crate::guest::{Guest, GuestError, ProcessEnd, ProcessExit, StartFailure, Streams, Wanted};
+use crate::guest::{
+    Guest, GuestError, KernelLog, ProcessEnd, ProcessExit, StartFailure, Streams, Wanted,
+};
 use crate::types::{ContainerSpec, PodSpec};
 use crate::vm::Accept;
 
@@ -222,6 +224,14 @@ impl PodAccess {
     pub async fn processes(&self, container: &str) -> Result<Vec<proto::ProcessInfo>, AccessError> {
         self.container(container)?;
         Ok(self.guest()?.list_processes(container).await?)
+    }
+
+    /// Asks for the log of the guest's kernel; `follow`: also for what comes.
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub async fn kernel_log(&self, follow: bool) -> Result<KernelLog, AccessError> {
+        Ok(self.guest()?.kernel_log(follow).await?)
     }
 
     /// Stops every process of a container, or lets them go on.

@@ -6,6 +6,7 @@
 mod attach;
 mod copy;
 mod exec;
+mod kernel_log;
 mod refusal;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
@@ -240,6 +241,15 @@ impl Service for Served {
         let wire::ListProcessesRequest { container } = request.into_inner();
         let processes = self.access.processes(&container).await.map_err(|error| refused(&error))?;
         Ok(Response::new(guest_wire::ListProcessesResponse { processes }))
+    }
+
+    type KernelLogStream = Answers<guest_wire::KernelLogRecords>;
+
+    async fn kernel_log(
+        &self,
+        request: Request<wire::KernelLogRequest>,
+    ) -> Result<Response<Self::KernelLogStream>, Status> {
+        kernel_log::kernel_log(&self.access, request.into_inner()).await.map(answers)
     }
 
     async fn pause(

@@ -61,6 +61,7 @@ const TABLE: &[(&str, [Answer; 3])] = {
         ("Attach", [IDLE, Ok, IDLE]),
         ("Stats", OF_GUEST),
         ("ListProcesses", OF_GUEST),
+        ("KernelLog", OF_GUEST),
         ("Pause", OF_GUEST),
         ("Resume", OF_GUEST),
         ("CopyOut", OF_GUEST),
@@ -209,6 +210,9 @@ impl Pod {
             "ListProcesses" => {
                 drop(client.list_processes(wire::ListProcessesRequest { container }).await?);
             }
+            "KernelLog" => {
+                drop(client.kernel_log(wire::KernelLogRequest { follow: false }).await?);
+            }
             "Pause" => drop(client.pause(wire::PauseRequest { containers }).await?),
             "Resume" => drop(client.resume(wire::ResumeRequest { containers }).await?),
             "CopyOut" => {
@@ -301,7 +305,7 @@ async fn all_calls(pod: &Pod, column: usize, state: State) {
 
 #[tokio::test]
 async fn a_container_that_the_pod_does_not_have_is_not_found_whatever_its_name() {
-    const OF_THE_POD: [&str; 3] = ["Stop", "Wait", "Stats"];
+    const OF_THE_POD: [&str; 4] = ["Stop", "Wait", "Stats", "KernelLog"];
     let (guest, _vmm) = guest(Agent::Refuses("the guest was asked")).await;
     let pod = Pod::new(Some(guest)).await;
     let long = "\u{20ac}".repeat(1 << 18);
