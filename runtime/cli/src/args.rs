@@ -1,5 +1,7 @@
 //! The command line's grammar and its help.
 
+mod image;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,6 +11,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use husk_engine::paths::{Config, names, shared_file};
 use husk_engine::storage::DEFAULT_SCRATCH_BYTES;
 
+pub(crate) use self::image::{ImageArgs, ImageCommand, ImportArgs, ListArgs, PullArgs, RemoveArgs};
 use crate::pods::attach::AttachArgs;
 use crate::pods::completion::CompletionArgs;
 use crate::pods::console::ConsoleArgs;
@@ -55,6 +58,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Run(RunArgs),
+    #[command(visible_alias = "list")]
     Ps(PsArgs),
     Logs(LogsArgs),
     Exec(ExecArgs),
@@ -73,6 +77,12 @@ pub(crate) enum Command {
     Unpause(UnpauseArgs),
     Console(ConsoleArgs),
     Image(ImageArgs),
+    /// The same as `husk image pull`
+    Pull(PullArgs),
+    /// The same as `husk image ls`
+    Images(ListArgs),
+    /// The same as `husk image rm`
+    Rmi(RemoveArgs),
     Check(CheckArgs),
     Completion(CompletionArgs),
     #[command(hide = true)]
@@ -280,68 +290,6 @@ impl RunArgs {
         options.extend(debug_image.iter().map(|image| format!("--debug-image={image}")));
         options
     }
-}
-
-/// Pull, import, list and remove images
-///
-/// Layers are kept once, whatever images and pods use them, as read-only file systems in the state
-/// directory.
-#[derive(Debug, Args)]
-pub(crate) struct ImageArgs {
-    #[command(subcommand)]
-    pub(crate) command: ImageCommand,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum ImageCommand {
-    /// Pull an image from a registry
-    ///
-    /// Credentials are taken from --user, or else from Docker's configuration
-    /// (~/.docker/config.json and its helpers).
-    Pull {
-        /// E.g. nginx:1.27, or localhost:5000/team/app@sha256:...
-        #[arg(value_name = "IMAGE")]
-        reference: String,
-        /// Choose this platform of an image that has several [default: this host's]
-        #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
-        platform: Option<String>,
-        /// Speak http to the registry; =false: https [default: http to loopback addresses only]
-        #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true,
-            default_missing_value = "true", hide_possible_values = true)]
-        plain_http: Option<bool>,
-        /// Trust the certificates in this file (PEM) beside the system's; implies --plain-http=false
-        #[arg(long, value_name = "FILE")]
-        ca_file: Option<PathBuf>,
-        /// Credentials for the registry; without a password it is read from standard input
-        #[arg(long, value_name = "USER[:PASSWORD]")]
-        user: Option<String>,
-    },
-    /// Import an image from an OCI layout (directory) or a `docker save` archive
-    Import {
-        /// The directory or archive
-        #[arg(value_name = "PATH")]
-        path: PathBuf,
-        /// Its name from now on [default: the name that it brings]
-        #[arg(value_name = "NAME")]
-        name: Option<String>,
-        /// Choose this platform of an image that has several [default: this host's]
-        #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
-        platform: Option<String>,
-    },
-    /// List the images that are here
-    #[command(visible_alias = "list")]
-    Ls {
-        /// How to show them
-        #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
-        output: Output,
-    },
-    /// Remove images, and the layers that no other image or running pod uses
-    #[command(visible_alias = "remove")]
-    Rm {
-        /// Names of images
-        #[arg(required = true, value_name = "IMAGE")]
-        references: Vec<String>,
-    },
 }
 
 /// Check what this host has and lacks to run pods

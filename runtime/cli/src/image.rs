@@ -11,20 +11,20 @@ use comfy_table::{CellAlignment, Table, presets};
 use husk_image::{Credentials, ImportOptions, Imported, Platform, PullError, PullOptions, Store};
 use serde::Serialize;
 
-use crate::args::{Global, ImageArgs, ImageCommand, Output};
+use crate::args::{Global, ImageCommand, ImportArgs, ListArgs, Output, PullArgs, RemoveArgs};
 use crate::progress::Reporter;
 
 /// Longest password that is read, in bytes.
 const MAX_PASSWORD: u64 = 4096;
 
 /// Does what a subcommand of `husk image` says.
-pub(crate) fn run(global: &Global, args: ImageArgs) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(global: &Global, command: ImageCommand) -> anyhow::Result<ExitCode> {
     let images = global.config()?.images_dir();
     let progress = Reporter::on_stderr(global.quiet);
     let store = Store::open(&images)
         .with_context(|| format!("cannot use the image store in {}", images.display()))?;
-    match args.command {
-        ImageCommand::Pull { reference, platform, plain_http, ca_file, user } => {
+    match command {
+        ImageCommand::Pull(PullArgs { reference, platform, plain_http, ca_file, user }) => {
             let options = PullOptions {
                 platform: platform_of(platform.as_deref())?,
                 credentials: user.as_deref().map(credentials).transpose()?,
@@ -41,11 +41,11 @@ pub(crate) fn run(global: &Global, args: ImageArgs) -> anyhow::Result<ExitCode> 
             let pulled = runtime.block_on(pull(&store, &reference, options, progress));
             print_imported(&pulled.map_err(|error| cannot_pull(&reference, error))?);
         }
-        ImageCommand::Import { path, name, platform } => {
+        ImageCommand::Import(ImportArgs { path, name, platform }) => {
             import(&store, &path, name.as_deref(), platform.as_deref(), &progress)?;
         }
-        ImageCommand::Ls { output } => list(&store, output)?,
-        ImageCommand::Rm { references } => remove(&store, &references)?,
+        ImageCommand::Ls(ListArgs { output }) => list(&store, output)?,
+        ImageCommand::Rm(RemoveArgs { references }) => remove(&store, &references)?,
     }
     Ok(ExitCode::SUCCESS)
 }

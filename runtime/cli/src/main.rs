@@ -19,7 +19,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-use crate::args::{Cli, Command, Global};
+use crate::args::{Cli, Command, Global, ImageCommand};
 
 /// Exit code for a failure of husk itself, as opposed to one of a container.
 const EXIT_HUSK_FAILED: u8 = 125;
@@ -48,7 +48,10 @@ fn main() -> ExitCode {
         Command::Console(args) => pods::console::run(&global, &args),
         Command::Completion(args) => Ok(pods::completion::run(&args)),
         Command::Hold(args) => run::background::hold(&global, &args),
-        Command::Image(args) => image::run(&global, args),
+        Command::Image(args) => image::run(&global, args.command),
+        Command::Pull(args) => image::run(&global, ImageCommand::Pull(args)),
+        Command::Images(args) => image::run(&global, ImageCommand::Ls(args)),
+        Command::Rmi(args) => image::run(&global, ImageCommand::Rm(args)),
         Command::Check(args) => check::run(&global, &args),
     };
     match done {

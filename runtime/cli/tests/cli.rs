@@ -278,6 +278,51 @@ fn images_are_imported_listed_and_removed() {
     assert!(text(&again.stderr).contains("test/image"));
 }
 
+/// What other tools call a command does what it does, to the letter, and help says so.
+#[test]
+fn aliases_are_the_commands_that_they_stand_for() {
+    let host = Host::with_image();
+    let seen = |args: &[&str]| {
+        let output = host.output(args);
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let missing = "localhost:1/no/such";
+    let wrong = "no reference";
+    for (alias, command) in [
+        (&["images", "--output", "json"][..], &["image", "ls", "--output", "json"][..]),
+        (&["image", "list", "--output", "json"], &["image", "ls", "--output", "json"]),
+        (&["list", "-a"], &["ps", "-a"]),
+        (&["list", "--output", "json"], &["ps", "--output", "json"]),
+        (&["pull", wrong], &["image", "pull", wrong]),
+        (&["pull"], &["image", "pull"]),
+        (&["image", "load", "/no/such"], &["image", "import", "/no/such"]),
+        (&["rmi", missing], &["image", "rm", missing]),
+        (&["image", "remove", missing], &["image", "rm", missing]),
+    ] {
+        let (alias, command) = (seen(alias), seen(command));
+        // The way in which it was called is part of what is said about a wrong call.
+        let usage = |text: &str| text.replace("husk image pull", "husk pull");
+        assert_eq!((alias.0, &alias.1), (command.0, &command.1), "{}", alias.2);
+        assert_eq!(usage(&alias.2), usage(&command.2));
+    }
+    let layout = host.path("layout");
+    let (code, _, err) = seen(&["image", "load", layout.to_str().unwrap(), "test/other"]);
+    assert_eq!(code, Some(0), "{err}");
+    assert_eq!(seen(&["rmi", "test/other"]).0, Some(0));
+    assert!(!seen(&["images"]).1.contains("test/other"));
+
+    let (_, help, _) = seen(&["--help"]);
+    for words in ["The same as `husk image pull`", "`husk image ls`", "`husk image rm`", "list"] {
+        assert!(help.contains(words), "{words}: {help}");
+    }
+    assert!(help.contains("[aliases: list]") || help.contains("[alias: list]"), "{help}");
+    let (_, help, _) = seen(&["image", "--help"]);
+    for alias in ["load", "list", "remove"] {
+        let alias = format!("{alias}]");
+        assert!(help.contains(&alias), "{alias}: {help}");
+    }
+}
+
 #[test]
 fn check_names_each_lack_and_fails() {
     let host = Host::new();
