@@ -150,15 +150,18 @@ impl Runner {
     ) {
         // A process that could not be started frees its name before it is reaped: the next of that name
         // must not be taken for it.
-        let Ok(pid) = lock(&self.table).process(id, exec).map(|process| process.pid) else {
-            return;
-        };
+        let known = lock(&self.table)
+            .process(id, exec)
+            .map(|process| (process.pid, process.outcome.clone()));
+        let Ok((pid, outcome)) = known else { return };
         let (runner, id, exec) = (self.clone(), id.to_owned(), exec.to_owned());
         tokio::spawn(async move {
             // The reaper lives as long as the agent.
             let Ok(reaped) = reaped.await else { return };
-            let Some(ended) = runner.mark_ended(&id, &exec, pid, &cgroup.cgroup) else { return };
-            let Ended { relay, outcome, oom_killed } = ended;
+            // Where containers share their process IDs, one can be deleted before the last of its
+            // processes is reaped: who waits for that is told all the same.
+            let ended = runner.mark_ended(&id, &exec, pid, &cgroup.cgroup);
+            let Ended { relay, oom_killed } = ended.unwrap_or_default();
             if !relay.drain().await {
                 tracing::warn!(
                     container = id,
@@ -202,7 +205,6 @@ impl Runner {
         process.alive = false;
         Some(Ended {
             relay: std::mem::take(&mut process.relay),
-            outcome: process.outcome.clone(),
             oom_killed: oom_kills > process.oom_kills_before,
         })
     }
@@ -241,9 +243,9 @@ impl Runner {
 }
 
 /// What is left of a process that has just ended.
+#[derive(Default)]
 struct Ended {
     relay: Relay,
-    outcome: watch::Sender<Outcome>,
     oom_killed: bool,
 }
 
