@@ -90,10 +90,7 @@ fn start_log() {
     // The kernel drops all but a few lines a second of a process's log otherwise. Not every kernel
     // has the switch.
     let _optional = std::fs::write("/proc/sys/kernel/printk_devkmsg", "on");
-    if let Ok(log) = log::KernelLog::new(Level::INFO) {
-        // It fails only if it was done before.
-        let _only_once = tracing::subscriber::set_global_default(log);
-    }
+    let _mute = log::start(Level::INFO);
 }
 
 /// Connects to the pod's process and serves it until it closes the connection or asks for a

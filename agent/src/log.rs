@@ -3,6 +3,8 @@
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io::Write as _;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::OnceLock;
 
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
@@ -11,9 +13,32 @@ use tracing::{Event, Level, Metadata, Subscriber};
 /// Longest line in bytes: the kernel refuses longer ones (LOG_LINE_MAX less its prefix).
 const MAX_BYTES: usize = 960;
 
+/// The descriptor to which the agent logs.
+static DESCRIPTOR: OnceLock<RawFd> = OnceLock::new();
+
+/// The descriptor of the agent's log, if it has one: a process that closes what it has of the agent
+/// must keep it, or else what it logs goes to whatever has its number next.
+pub(crate) fn descriptor() -> Option<RawFd> {
+    DESCRIPTOR.get().copied()
+}
+
+/// Logs events of `level` and above for the rest of the agent's life.
+///
+/// # Errors
+/// If the device cannot be opened.
+pub(crate) fn start(level: Level) -> std::io::Result<()> {
+    let log = KernelLog::new(level)?;
+    let descriptor = log.device.as_raw_fd();
+    if tracing::subscriber::set_global_default(log).is_ok() {
+        // As that, it can be done only once.
+        let _only_once = DESCRIPTOR.set(descriptor);
+    }
+    Ok(())
+}
+
 /// A subscriber that writes events and knows no spans: the agent opens none, and a fuller one would
 /// be a noticeable part of the binary.
-pub(crate) struct KernelLog {
+struct KernelLog {
     device: File,
     level: Level,
 }
@@ -23,7 +48,7 @@ impl KernelLog {
     ///
     /// # Errors
     /// If the device cannot be opened.
-    pub(crate) fn new(level: Level) -> std::io::Result<Self> {
+    fn new(level: Level) -> std::io::Result<Self> {
         Ok(Self { device: File::options().write(true).open("/dev/kmsg")?, level })
     }
 }

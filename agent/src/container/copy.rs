@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use husk_archive::{pack, unpack};
@@ -84,6 +84,13 @@ struct Work {
     path: String,
     stream: File,
     direction: Direction,
+}
+
+impl Work {
+    fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        let user = self.user.iter().map(|pidfd| pidfd.as_raw_fd());
+        user.chain([self.root.as_raw_fd(), self.stream.as_raw_fd()])
+    }
 }
 
 /// What the process says at its end.
@@ -189,7 +196,14 @@ impl Runner {
         let directory = below.as_ref().map_or(cgroup.fd(), AsFd::as_fd);
         let reaped = match sys::clone_process(0, Some(directory)).map_err(step("clone"))? {
             Cloned::Child => {
-                let report = run(work).encode();
+                // What it has of the agent would stay open as long as it runs: the input of another
+                // process, for instance, could not end.
+                let keep = work.descriptors().chain([write.as_raw_fd()]).collect::<Vec<_>>();
+                let report = match sys::close_all_but(&keep) {
+                    Ok(()) => run(work),
+                    Err(error) => Report::Failed(error.to_string()),
+                };
+                let report = report.encode();
                 // Without a reader there is nobody to tell.
                 let told = rustix::io::write(&write, &report);
                 sys::exit_now(u8::from(told.is_err()));

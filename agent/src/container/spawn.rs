@@ -209,7 +209,9 @@ impl Runner {
         })
     }
 
-    /// Runs `work` in a process of its own, because it may take long and the agent has one thread.
+    /// Runs `work` in a process of its own, because it may take long and the agent has one thread. It
+    /// has no descriptors but those that it opens: the input of a process, or a connection, that it had
+    /// as well could not end before it.
     ///
     /// # Errors
     /// If the process cannot be made, or `work` failed: its error goes to the log.
@@ -221,7 +223,8 @@ impl Runner {
         let failed = || step::<io::Error>(name);
         match sys::clone_process(0, None).map_err(failed())? {
             Cloned::Child => {
-                let result = work();
+                let keep: Vec<_> = crate::log::descriptor().into_iter().collect();
+                let result = sys::close_all_but(&keep).and_then(|()| work());
                 if let Err(error) = &result {
                     tracing::error!(%error, work = name, "failed");
                 }

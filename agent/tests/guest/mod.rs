@@ -579,7 +579,7 @@ fn remove_cgroups(path: &Path) -> std::io::Result<()> {
 
 impl Streams {
     /// Writes all input, and reads all output.
-    async fn finish(mut self, stdin: Option<Vec<u8>>) -> (String, String) {
+    pub(crate) async fn finish(mut self, stdin: Option<Vec<u8>>) -> (String, String) {
         let input = self.stdin.take();
         let feed = async move {
             if let (Some(mut socket), Some(bytes)) = (input, stdin) {

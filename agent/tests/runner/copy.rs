@@ -77,6 +77,31 @@ async fn files_go_in_and_come_out_as_they_are() {
     assert_eq!(paths, ["d/", "d/file"]);
 }
 
+/// A host that takes nothing of an archive holds nobody else up: what the process that copies has of
+/// the agent is not another one's input.
+#[tokio::test]
+async fn an_input_ends_while_an_archive_is_carried() {
+    let guest = Guest::boot().await;
+    guest.start("a", base_spec(&["sleep", "1000"]), Options::default()).await;
+    let fill = crate::exec_process(&["dd", "if=/dev/zero", "of=/tmp/large", "bs=1M", "count=4"]);
+    assert_eq!(guest.exec("a", "fill", fill).await.unwrap().exit.exit_code, 0);
+    let options = Options { stdin: Some(Vec::new()), ..Options::default() };
+    let cat = guest.start_exec("a", "cat", crate::exec_process(&["cat"]), options).await.unwrap();
+
+    let (port, listener) = guest.listen();
+    let request =
+        wire::CopyOutRequest { container_id: "a".into(), path: "/tmp/large".into(), port };
+    let mut client = guest.client();
+    let copy = tokio::spawn(async move { client.copy_out(request).await });
+    let (stalled, _) = listener.accept().await.unwrap();
+    stalled.readable().await.unwrap();
+    assert_eq!(cat.finish(Some(b"all".to_vec())).await.0, "all");
+    assert_eq!(guest.wait("a", "cat").await.exit_code, 0);
+    assert!(!copy.is_finished(), "nobody has read the archive");
+    drop(stalled);
+    copy.await.unwrap().unwrap_err();
+}
+
 /// In a user namespace the owners are those that the container sees, in both directions, on its root
 /// and in a volume that is mapped as that is.
 #[tokio::test]
