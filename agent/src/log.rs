@@ -91,6 +91,8 @@ impl Subscriber for KernelLog {
         let text = format!("<{priority}>husk-agent: {}{}", line.message, line.fields);
         let mut bytes = text.replace('\n', " ").into_bytes();
         bytes.truncate(MAX_BYTES);
+        // Without it the kernel would wait for the rest of the line, and show it to nobody before.
+        bytes.push(b'\n');
         // A log that cannot be written cannot be complained about.
         let _lost = (&self.device).write_all(&bytes);
     }
