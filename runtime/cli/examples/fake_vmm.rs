@@ -80,6 +80,17 @@ impl Fake {
         pid.ok_or_else(|| Status::not_found("no such process"))
     }
 
+    /// The process of an exec, whose end may be asked for before it has begun. Who asks gives up if
+    /// it does not.
+    async fn exec_child(&self, name: (String, String)) -> Option<Child> {
+        loop {
+            if let Some(process) = self.execs.lock().unwrap().get_mut(&name) {
+                return process.child.take();
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    }
+
     async fn kill(&self, pid: u32, signal: &str) {
         Command::new("kill").arg(signal).arg(pid.to_string()).status().await.unwrap();
     }
@@ -174,7 +185,7 @@ impl Agent for Fake {
         let child = if exec.is_empty() {
             self.containers.lock().unwrap().get_mut(&id).unwrap().child.take()
         } else {
-            self.execs.lock().unwrap().get_mut(&(id, exec)).unwrap().child.take()
+            self.exec_child((id, exec)).await
         };
         let status = child.unwrap().wait().await.unwrap();
         let signal = status.signal().unwrap_or(0);
