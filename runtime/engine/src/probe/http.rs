@@ -85,8 +85,10 @@ fn headers(given: &[(String, String)]) -> Result<HeaderMap, String> {
         let bad = || name.clone();
         let parsed = HeaderName::try_from(name).map_err(|_| bad())?;
         let value = HeaderValue::try_from(value).map_err(|_| bad())?;
-        // As Go: these say how the request is sent, and that is not the probe's to say.
-        if ![CONTENT_LENGTH, TRANSFER_ENCODING].contains(&parsed) {
+        // As Go: these say how the request is sent, and that is not the probe's to say; and there is
+        // one host.
+        let may_be = parsed != HOST || (!headers.contains_key(HOST) && !value.is_empty());
+        if may_be && ![CONTENT_LENGTH, TRANSFER_ENCODING].contains(&parsed) {
             headers.try_append(parsed, value).map_err(|_| bad())?;
         }
     }
@@ -210,6 +212,8 @@ mod tests {
         assert_eq!((other.get(ACCEPT), &other[USER_AGENT]), (None, &"me".parse().unwrap()));
         let framing = given(&[("Content-Length", "7"), ("Transfer-Encoding", "chunked")]).unwrap();
         assert!(!framing.contains_key(CONTENT_LENGTH) && !framing.contains_key(TRANSFER_ENCODING));
+        let hosts = given(&[("host", ""), ("Host", "a"), ("HOST", "b")]).unwrap();
+        assert_eq!(hosts.get_all(HOST).iter().collect::<Vec<_>>(), ["a"]);
     }
 
     #[test]

@@ -4,10 +4,13 @@
 //! certificate verification". A probe asks whether a server is well, and nothing that is secret goes
 //! to it; its certificate is mostly for names by which the probe does not call it.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::client::Resumption;
@@ -94,7 +97,7 @@ fn connector() -> Result<TlsConnector, Error> {
 ///
 /// # Errors
 /// Why there is none.
-pub(super) async fn begin<S>(stream: S, host: &str) -> Result<TlsStream<S>, String>
+pub(super) async fn begin<S>(stream: S, host: &str) -> Result<Lenient<TlsStream<S>>, String>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -106,5 +109,41 @@ where
         Err(_) => ServerName::try_from(host.trim_end_matches('.').to_owned())
             .unwrap_or(ServerName::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED))),
     };
-    connector.connect(name, stream).await.map_err(|error| failed(&error))
+    connector.connect(name, stream).await.map(Lenient).map_err(|error| failed(&error))
+}
+
+/// A stream whose end need not be announced: many servers just close the connection (RFC 8446,
+/// section 6.1), and Go takes that. That a body is cut off HTTP itself sees by its length.
+#[derive(Debug)]
+pub(super) struct Lenient<S>(S);
+
+impl<S: AsyncRead + Unpin> AsyncRead for Lenient<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match ready!(Pin::new(&mut self.0).poll_read(context, buffer)) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Poll::Ready(Ok(())),
+            read => Poll::Ready(read),
+        }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Lenient<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(context)
+    }
 }
