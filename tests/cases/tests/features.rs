@@ -2,7 +2,8 @@
 //! deadlines. The guest half of each test is its manifest. Few pods that do much each: a start takes
 //! seconds on an emulated host.
 
-use std::process::Child;
+use std::collections::BTreeMap;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -193,6 +194,150 @@ fn probes_and_hooks_do_what_they_do_under_the_kubelet() -> Result<()> {
     assert_eq!(pod.log("shell"), ["from the hook"], "{}", pod.text);
     assert!(pod.log("last").contains(&"from the other hook"), "{}", pod.text);
     assert_eq!(restarts("last"), Some(1), "{:#}", pod.report);
+    Ok(())
+}
+
+/// A server of HTTPS whose certificate nobody knows, in a sidecar: the pod's container starts when its
+/// startup probe has succeeded. What the server says of itself is in files.
+const HTTPS: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: https-probes}
+spec:
+  restartPolicy: OnFailure
+  terminationGracePeriodSeconds: 2
+  volumes:
+  - {name: state, emptyDir: {}}
+  - {name: tls, secret: {secretName: tls}}
+  initContainers:
+  - name: server
+    image: localhost/husk/debian:test
+    restartPolicy: Always
+    volumeMounts: [{name: state, mountPath: /state}, {name: tls, mountPath: /tls}]
+    ports: [{name: https, containerPort: 8443}]
+    command:
+    - python3
+    - -c
+    - |
+      import http.server, os, ssl
+      class Handler(http.server.BaseHTTPRequestHandler):
+          def do_GET(self):
+              is_well = os.path.exists("/state" + self.path)
+              self.send_response(200 if is_well else 503)
+              self.end_headers()
+      # What a server has said of itself before its end is nothing that the next one says.
+      for path in ["/started", "/ready", "/alive"]:
+          open("/state" + path, "w").close()
+      open("/state/runs", "a").write("run\n")
+      context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+      context.load_cert_chain("/tls/certificate", "/tls/key")
+      context.sni_callback = lambda _, name, __: name and open("/state/name", "w").write(name) and None
+      server = http.server.ThreadingHTTPServer(("127.0.0.1", 8443), Handler)
+      server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+      server.serve_forever()
+    startupProbe:
+      httpGet: {scheme: HTTPS, host: localhost, path: /started, port: https}
+      periodSeconds: 1
+      timeoutSeconds: 30
+      failureThreshold: 300
+    readinessProbe:
+      httpGet: {scheme: HTTPS, path: /ready, port: https}
+      periodSeconds: 1
+      timeoutSeconds: 30
+      failureThreshold: 1
+    livenessProbe:
+      httpGet: {scheme: HTTPS, path: /alive, port: https}
+      periodSeconds: 1
+      timeoutSeconds: 30
+      failureThreshold: 1
+  containers:
+  - name: main
+    image: localhost/husk/busybox:test
+    volumeMounts: [{name: state, mountPath: /state}]
+    command: [sh, -c, "cat /state/name; echo; until [ -e /state/enough ]; do sleep 0.1; done"]
+---
+apiVersion: v1
+kind: Secret
+metadata: {name: tls}
+"#;
+
+/// A Secret's data: a certificate of its own for a name that nobody uses, and its key.
+fn certificate() -> Result<String> {
+    let directory = tempfile::tempdir()?;
+    let (key, certificate) = (directory.path().join("key"), directory.path().join("certificate"));
+    let made = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"])
+        .args(["-nodes", "-days", "3650", "-subj", "/CN=other.example", "-keyout"])
+        .arg(&key)
+        .arg("-out")
+        .arg(&certificate)
+        .output()
+        .context("cannot run openssl")?;
+    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let texts = [
+        ("key", std::fs::read_to_string(key)?),
+        ("certificate", std::fs::read_to_string(certificate)?),
+    ];
+    Ok(format!("stringData: {}\n", serde_json::to_string(&BTreeMap::from(texts))?))
+}
+
+/// Looks at a pod that runs until what it shows of a container is as wanted.
+fn until(
+    husk: &Husk,
+    (pod, container): (&str, &str),
+    what: &str,
+    wanted: impl Fn(&Value) -> bool,
+) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let output = husk.output(&["inspect", pod])?;
+        let all: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let containers = all[0]["status"]["containers"].as_array().into_iter().flatten();
+        if containers.into_iter().any(|one| one["name"] == container && wanted(one)) {
+            return Ok(());
+        }
+        let text = String::from_utf8_lossy(&output.stderr);
+        ensure!(Instant::now() < deadline, "never {what}: {text}{all:#}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+#[test]
+fn a_server_of_https_is_probed_as_by_the_kubelet() -> Result<()> {
+    let husk = Husk::shared()?;
+    let pod = "https-probes";
+    let mut child = husk.start(&(HTTPS.to_owned() + &certificate()?))?;
+    let server = (pod, "server");
+    let looked_at = (|| {
+        until(husk, server, "ready", |server| {
+            server["started"] == true && server["ready"] == true
+        })?;
+        let exec = |script: &str| -> Result<()> {
+            let output = husk.output(&["exec", "-c", "main", pod, "sh", "-c", script])?;
+            ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            Ok(())
+        };
+        exec("rm /state/ready")?;
+        until(husk, server, "unready", |server| {
+            server["ready"] == false && server["restarts"] == 0
+        })?;
+        exec("touch /state/ready")?;
+        until(husk, server, "ready again", |server| server["ready"] == true)?;
+        exec("rm /state/alive")?;
+        until(husk, server, "restarted", |server| {
+            server["restarts"] == 1 && server["ready"] == true
+        })?;
+        exec("[ $(wc -l < /state/runs) = 2 ] && touch /state/enough")
+    })();
+    if looked_at.is_err() {
+        // It would not end by itself.
+        child.kill()?;
+    }
+    let pod = finish(child)?;
+    looked_at.with_context(|| pod.text.clone())?;
+    let pod = pod.succeeded()?;
+    // The name that the startup probe told the server: that of its host.
+    assert_eq!(pod.log("main"), ["localhost"], "{}", pod.text);
     Ok(())
 }
 
