@@ -80,12 +80,18 @@ impl Fake {
         pid.ok_or_else(|| Status::not_found("no such process"))
     }
 
-    /// The process of an exec, whose end may be asked for before it has begun. Who asks gives up if
-    /// it does not.
-    async fn exec_child(&self, name: (String, String)) -> Option<Child> {
+    /// The process of a container or an exec, whose end may be asked for before it has begun. Who
+    /// asks gives up if it does not.
+    async fn begun(&self, id: String, exec: String) -> Child {
+        let name = (id, exec);
         loop {
-            if let Some(process) = self.execs.lock().unwrap().get_mut(&name) {
-                return process.child.take();
+            let child = if name.1.is_empty() {
+                self.containers.lock().unwrap().get_mut(&name.0).unwrap().child.take()
+            } else {
+                self.execs.lock().unwrap().get_mut(&name).and_then(|process| process.child.take())
+            };
+            if let Some(child) = child {
+                return child;
             }
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         }
@@ -182,12 +188,7 @@ impl Agent for Fake {
         request: Request<proto::WaitProcessRequest>,
     ) -> Answer<proto::WaitProcessResponse> {
         let proto::WaitProcessRequest { container_id: id, exec_id: exec } = request.into_inner();
-        let child = if exec.is_empty() {
-            self.containers.lock().unwrap().get_mut(&id).unwrap().child.take()
-        } else {
-            self.exec_child((id, exec)).await
-        };
-        let status = child.unwrap().wait().await.unwrap();
+        let status = self.begun(id, exec).await.wait().await.unwrap();
         let signal = status.signal().unwrap_or(0);
         let exit_code = u32::try_from(status.code().unwrap_or(128 + signal)).unwrap();
         let since_epoch = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
