@@ -111,7 +111,7 @@ impl Source {
                     Some(Side::Connection) => {
                         room(connection, closing).await.map_err(Trouble::Host)?;
                     }
-                    // Neither any more.
+                    // Neither any more, or that is not known.
                     None => tokio::task::coop::consume_budget().await,
                 },
                 Err(error) => return Err(Trouble::Host(error.into())),
@@ -148,7 +148,11 @@ enum Side {
 
 fn would_block(pipe: &OwnedFd, connection: &UnixStream) -> io::Result<Option<Side>> {
     let mut both = [PollFd::new(pipe, PollFlags::IN), PollFd::new(connection, PollFlags::OUT)];
-    rustix::event::poll(&mut both, Some(&Timespec::default()))?;
+    match rustix::event::poll(&mut both, Some(&Timespec::default())) {
+        // The end of a child, for instance, also if nothing had to be waited for.
+        Err(Errno::INTR) => return Ok(None),
+        polled => polled?,
+    };
     // An end or an error counts as ready: the next try will say it.
     let [pipe, connection] = both.map(|fd| !fd.revents().is_empty());
     Ok(match (pipe, connection) {

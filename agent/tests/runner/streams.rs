@@ -1,6 +1,7 @@
 //! Streams that are long, slow, many, or left alone.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use husk_proto::agent::container::State;
@@ -121,6 +122,33 @@ async fn input_of_any_size_arrives_whole_and_ends() {
     let options = Options { stdin: Some(b"line\n".to_vec()), ..Options::default() };
     let run = guest.run_with("b", base_spec(&["head", "-n", "1"]), options).await;
     assert_eq!((run.stdout.as_str(), run.exit.exit_code), ("line\n", 0));
+}
+
+/// A system call that a signal interrupts has neither failed nor ended.
+#[tokio::test]
+async fn output_is_complete_however_many_children_end_meanwhile() {
+    let guest = Guest::boot().await;
+    let agent = guest.agent().file_name().unwrap().to_str().unwrap().parse().unwrap();
+    let agent = rustix::process::Pid::from_raw(agent).unwrap();
+    let count = 8 << 20;
+    let args = ["head", "-c", &count.to_string(), "/dev/zero"];
+    for round in 0..10 {
+        let id = format!("a{round}");
+        let streams = guest.start(&id, base_spec(&args), Options::default()).await;
+        let over = Arc::new(AtomicBool::new(false));
+        let until = Arc::clone(&over);
+        let signals = std::thread::spawn(move || {
+            while !until.load(Ordering::Relaxed) {
+                rustix::process::kill_process(agent, rustix::process::Signal::CHILD).unwrap();
+                std::thread::sleep(Duration::from_micros(20));
+            }
+        });
+        assert_eq!(streams.drain_output().await, count);
+        over.store(true, Ordering::Relaxed);
+        signals.join().unwrap();
+        assert_eq!(guest.wait(&id, "").await.exit_code, 0);
+        guest.delete(&id).await;
+    }
 }
 
 /// Runs every fourth container from `first` on.
