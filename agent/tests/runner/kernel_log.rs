@@ -6,6 +6,9 @@ use husk_proto::agent as wire;
 
 use crate::guest::{Guest, LIMIT};
 
+/// For the whole of a test: what one of them floods the log with would overwrite another's lines.
+static LOG: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 /// A line that no other test writes, and no other run of this one.
 fn line(name: &str) -> String {
     format!("husk-test {name} of process {}", std::process::id())
@@ -38,6 +41,7 @@ async fn until(
 
 #[tokio::test]
 async fn the_log_is_whole_and_ends_or_goes_on() {
+    let _alone = LOG.lock().await;
     let mut guest = Guest::boot_without_pod().await;
     let first = format!("{} \u{e4}\\\x1b[31m", line("first"));
     say(4, &first);
@@ -76,6 +80,7 @@ fn agent_rss(guest: &Guest) -> u64 {
 /// One who follows and reads nothing grows nothing in the agent, and is told what was missed.
 #[tokio::test]
 async fn a_slow_reader_is_told_how_many_records_were_overwritten() {
+    let _alone = LOG.lock().await;
     let guest = Guest::boot_without_pod().await;
     let mut slow = open(&guest, true).await;
     let first = slow.message().await.unwrap().expect("it has a beginning");
