@@ -7,16 +7,18 @@ use std::process::Command;
 use serde_json::Value;
 
 /// What each crate of the product may depend on, of our own. Dependencies point one way.
-const ALLOWED: [(&str, &[&str]); 9] = [
+const ALLOWED: [(&str, &[&str]); 11] = [
     ("husk", &["husk-archive", "husk-engine", "husk-image"]),
-    ("husk-engine", &["husk-image", "husk-proto", "husk-vmm-api"]),
+    ("husk-engine", &["husk-image", "husk-network", "husk-proto", "husk-vmm-api"]),
     ("husk-archive", &[]),
     ("husk-image", &["husk-archive"]),
     ("husk-kvm-probe", &[]),
+    ("husk-netlink", &[]),
+    ("husk-network", &["husk-netlink"]),
     ("husk-vmm", &["husk-kvm-probe", "husk-proto", "husk-vmm-api"]),
     ("husk-vmm-api", &[]),
     ("husk-proto", &[]),
-    ("husk-agent", &["husk-archive", "husk-proto"]),
+    ("husk-agent", &["husk-archive", "husk-netlink", "husk-proto"]),
 ];
 
 /// Two versions of one of these in the tree, and types that should be the same are not.

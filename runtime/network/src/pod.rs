@@ -1,0 +1,308 @@
+//! The network of one pod: made as a whole, taken back as a whole, by whoever is there to do it.
+
+use std::fs::File;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use crate::cni::{
+    Attachment, CONFIG_DIRECTORY, Capabilities, Cni, CniError, Limits, PLUGIN_DIRECTORIES,
+    PORT_MAPPINGS, Stop,
+};
+use crate::join::{self, JoinError, Joined};
+use crate::netns::{self, Netns, NetnsError};
+use crate::record::{Record, Records};
+
+pub use crate::record::RecordError;
+
+/// Name of a pod's interface.
+const INTERFACE: &str = "eth0";
+
+/// Before a pod's uid in names of the host: of namespaces, and of containers to plugins.
+const PREFIX: &str = "husk-";
+
+/// Why a pod has no network, or still has one.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// Its namespace.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// A plugin.
+    #[error(transparent)]
+    Cni(#[from] CniError),
+    /// The way into the virtual machine.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// What is kept of it.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// A port of the host cannot lead to the pod.
+    #[error("hostPort {port} cannot lead to the pod: {why}")]
+    HostPort {
+        /// The port.
+        port: u16,
+        /// Why not.
+        why: String,
+    },
+    /// Another process has it.
+    #[error("the network of the pod {0:?} is in use by another process")]
+    Held(String),
+    /// A call cannot be given up later.
+    #[error("cannot make a means of stopping plugins")]
+    Stop(#[source] std::io::Error),
+}
+
+impl Capabilities {
+    /// Refuses ports of the host, for this reason.
+    ///
+    /// # Errors
+    /// [`NetworkError::HostPort`] if there are any.
+    pub fn refuse_ports(&self, why: &str) -> Result<(), NetworkError> {
+        match self.port_mappings.first() {
+            Some(mapping) => {
+                let port = mapping.host_port;
+                Err(NetworkError::HostPort { port, why: why.to_owned() })
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Where the networks of pods are made and recorded.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// Plugins and configurations.
+    pub cni: Cni,
+    /// Where it is recorded what has to be taken back; it must outlive a crash of the host, as the
+    /// records of plugins do.
+    pub records: PathBuf,
+    /// Where namespaces are made.
+    pub netns_directory: PathBuf,
+}
+
+/// Where a pod's network comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A CNI network by its name, or the host's default.
+    Network(Option<String>),
+    /// A network namespace that somebody else made, and keeps.
+    Netns(PathBuf),
+}
+
+/// A pod that is to have a network.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The pod's Kubernetes namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Where its network comes from.
+    pub source: Source,
+    /// What is asked of plugins.
+    pub capabilities: Capabilities,
+    /// How many pairs of queues each interface has.
+    pub queue_pairs: usize,
+}
+
+/// A pod's network.
+#[derive(Debug)]
+pub struct Attached {
+    /// Path of its network namespace.
+    pub netns: PathBuf,
+    /// The pod's addresses, its own one first.
+    pub addresses: Vec<IpAddr>,
+    /// The way into the virtual machine.
+    pub joined: Joined,
+}
+
+impl Host {
+    /// The host's own: configurations and plugins from the usual places, or those that the
+    /// environment names as the tools of CNI have it (`NETCONFPATH`; `CNI_PATH`, which is looked
+    /// through first). `state` is where records are kept.
+    #[must_use]
+    pub fn of_environment(state: &Path) -> Self {
+        let config_directory = std::env::var_os("NETCONFPATH").filter(|path| !path.is_empty());
+        let config_directory = config_directory.unwrap_or_else(|| CONFIG_DIRECTORY.into()).into();
+        let named = std::env::var_os("CNI_PATH").unwrap_or_default();
+        let named = std::env::split_paths(&named).filter(|path| path.is_absolute());
+        let usual = PLUGIN_DIRECTORIES.iter().map(PathBuf::from);
+        let plugin_directories = named.chain(usual).collect();
+        Host {
+            cni: Cni { config_directory, plugin_directories, limits: Limits::default() },
+            records: state.join("network"),
+            netns_directory: netns::DIRECTORY.into(),
+        }
+    }
+
+    fn records(&self) -> Records {
+        Records(self.records.clone())
+    }
+
+    /// The network of a pod, whether it has one or not. No other process can do anything with it
+    /// as long as this lives.
+    ///
+    /// # Errors
+    /// [`NetworkError::Held`] if another process has it, and [`NetworkError::Record`].
+    pub fn pod(&self, uid: &str) -> Result<PodNetwork, NetworkError> {
+        match self.records().lock(uid)? {
+            Some(lock) => Ok(PodNetwork { host: self.clone(), uid: uid.to_owned(), _lock: lock }),
+            None => Err(NetworkError::Held(uid.to_owned())),
+        }
+    }
+
+    /// Takes the networks back of pods whose processes died. The pods of which it is done, and
+    /// those of which it failed.
+    ///
+    /// # Errors
+    /// [`RecordError`] if it cannot be told which there are.
+    pub fn sweep(&self) -> Result<Vec<Swept>, RecordError> {
+        let mut swept = Vec::new();
+        for uid in self.records().list()? {
+            match self.pod(&uid) {
+                Err(NetworkError::Held(_)) => {}
+                held => swept.push((uid, held.and_then(|pod| pod.detach()))),
+            }
+        }
+        Ok(swept)
+    }
+
+    /// The pods that have a network, or a part of one.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub fn attached(&self) -> Result<Vec<String>, RecordError> {
+        self.records().list()
+    }
+}
+
+/// The uid of a pod whose process died, and whether its network was taken back.
+pub type Swept = (String, Result<(), NetworkError>);
+
+/// The network of a pod, held by this process.
+#[derive(Debug)]
+pub struct PodNetwork {
+    host: Host,
+    uid: String,
+    _lock: File,
+}
+
+impl Drop for PodNetwork {
+    fn drop(&mut self) {
+        // The lock itself goes with its file, after this.
+        if let Err(error) = self.host.records().remove_lock(&self.uid) {
+            tracing::warn!(%error, "the lock of a pod's network is left");
+        }
+    }
+}
+
+impl PodNetwork {
+    /// Makes the network of the pod. If that fails, everything is taken back. Blocks as long as
+    /// plugins take, unless `stop` is used.
+    ///
+    /// # Errors
+    /// [`NetworkError`].
+    pub fn attach(&self, request: &Request, stop: &Stop) -> Result<Attached, NetworkError> {
+        let attached = self.attach_all(request, stop);
+        if attached.is_err()
+            && let Err(error) = self.detach()
+        {
+            tracing::warn!(%error, "the network of a pod that failed is not all taken back");
+        }
+        attached
+    }
+
+    fn record(&self, record: &Record) -> Result<(), NetworkError> {
+        Ok(self.host.records().write(&self.uid, record)?)
+    }
+
+    fn attach_all(&self, request: &Request, stop: &Stop) -> Result<Attached, NetworkError> {
+        let (netns, added) = match &request.source {
+            Source::Network(name) => self.add(request, name.as_deref(), stop)?,
+            Source::Netns(path) => {
+                let why = "its network namespace is of somebody else, who maps ports";
+                request.capabilities.refuse_ports(why)?;
+                let netns = Netns::open(path)?;
+                self.record(&Record::of_other(path.clone()))?;
+                (netns, Vec::new())
+            }
+        };
+        let joined = join::join(&netns, request.queue_pairs)?;
+        let addresses = if added.is_empty() { joined.snapshot.pod_addresses() } else { added };
+        Ok(Attached { netns: netns.path().to_owned(), addresses, joined })
+    }
+
+    /// Makes a namespace, and has plugins make an interface in it.
+    fn add(
+        &self,
+        request: &Request,
+        name: Option<&str>,
+        stop: &Stop,
+    ) -> Result<(Netns, Vec<IpAddr>), NetworkError> {
+        let Host { cni, netns_directory, .. } = &self.host;
+        let network = cni.network(name)?;
+        if !network.is_capable_of(PORT_MAPPINGS) {
+            let why = format!(
+                "no plugin of network {:?} has the capability {PORT_MAPPINGS}",
+                network.name
+            );
+            request.capabilities.refuse_ports(&why)?;
+        }
+        cni.status(&network, stop)?;
+        let id = format!("{PREFIX}{}", self.uid);
+        let mut attachment = Attachment {
+            args: arguments(&self.uid, &id, request),
+            container_id: id.clone(),
+            netns: netns_directory.join(&id),
+            ifname: INTERFACE.to_owned(),
+            capabilities: request.capabilities.clone(),
+            network: network.to_json(),
+            result: None,
+        };
+        let record = |attachment: &Attachment| Record::of(attachment, &cni.plugin_directories);
+        self.record(&record(&attachment))?;
+        let netns = Netns::create(netns_directory, &id)?;
+        let added = cni.add(&mut attachment, stop)?;
+        self.record(&record(&attachment))?;
+        Ok((netns, added.addresses))
+    }
+
+    /// Takes the network of the pod back, if it has one; also one of which only a part was made,
+    /// and by another process. What plugins refuse to take back stays recorded, and can be tried
+    /// again.
+    ///
+    /// # Errors
+    /// [`NetworkError`] of the first step that failed; the others were done.
+    pub fn detach(&self) -> Result<(), NetworkError> {
+        let records = self.host.records();
+        let Some(record) = records.read(&self.uid)? else { return Ok(()) };
+        let Record { netns, owned, attachment, plugin_directories, .. } = record;
+        let mut outcome: Result<(), NetworkError> = Ok(());
+        if let Some(attachment) = &attachment {
+            let stop = Stop::new().map_err(NetworkError::Stop)?;
+            // Those that made it, wherever others are found now.
+            let cni = Cni { plugin_directories, ..self.host.cni.clone() };
+            outcome = cni.del(attachment, &stop).map_err(Into::into);
+        }
+        if owned {
+            outcome = outcome.and(netns::delete(&netns).map_err(Into::into));
+        } else if netns.exists() {
+            let parted = Netns::open(&netns).map_err(JoinError::from).and_then(|n| join::part(&n));
+            outcome = outcome.and(parted.map_err(Into::into));
+        }
+        outcome?;
+        Ok(records.remove(&self.uid)?)
+    }
+}
+
+/// `CNI_ARGS` as Kubernetes' runtimes give them.
+fn arguments(uid: &str, id: &str, request: &Request) -> Vec<(String, String)> {
+    let Request { namespace, name, .. } = request;
+    [
+        ("IgnoreUnknown", "1"),
+        ("K8S_POD_NAMESPACE", namespace),
+        ("K8S_POD_NAME", name),
+        ("K8S_POD_INFRA_CONTAINER_ID", id),
+        ("K8S_POD_UID", uid),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .to_vec()
+}
