@@ -50,7 +50,7 @@ fuzz_target!(|data: &[u8]| {
 
     let file = disk_file();
     let disk = Disk::new("fuzz", file.try_clone().unwrap(), choice & 1 != 0).unwrap();
-    let interrupt = Interrupt::new(EventFd::new(0).unwrap(), Arc::new(DeviceCounters::default()));
+    let interrupt = Interrupt::new(Arc::new(EventFd::new(0).unwrap()), Arc::new(DeviceCounters::default()));
     let features = if choice & 2 != 0 { RING_FEATURES } else { 0 };
     let mut queue = Virtqueue::new(memory, queue(), interrupt, features);
 

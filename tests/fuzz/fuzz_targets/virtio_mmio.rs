@@ -66,7 +66,8 @@ fuzz_target!(|data: &[u8]| {
     let held = Arc::new(Mutex::new(None));
     let device = Box::new(Holder { held: held.clone() });
     let (reporter, _reports) = channel().unwrap();
-    let mut window = MmioTransport::new(memory, device, reporter).unwrap();
+    let line = Arc::new(EventFd::new(0).unwrap());
+    let mut window = MmioTransport::new(memory, device, reporter, line).unwrap();
     let write = |window: &mut MmioTransport, offset, value: u32| {
         window.write(offset, &value.to_le_bytes());
     };

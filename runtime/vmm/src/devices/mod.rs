@@ -2,10 +2,34 @@
 
 pub mod bus;
 pub mod console_log;
+pub mod ioapic;
 pub mod reset;
 pub mod serial;
 pub mod signal;
 pub mod virtio;
+
+use std::fmt::Debug;
+use std::io;
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// A device's interrupt line.
+pub trait Line: Debug + Send + Sync {
+    /// Signals an edge. Does not block.
+    fn raise(&self);
+}
+
+/// A line that somebody in the host watches.
+impl Line for EventFd {
+    fn raise(&self) {
+        match self.write(1) {
+            Ok(()) => {}
+            // 2^64 - 2 edges that nobody has seen: it is up.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => tracing::warn!(%error, "cannot signal an interrupt line"),
+        }
+    }
+}
 
 /// A device that answers to accesses in one range of addresses (MMIO or ports).
 ///

@@ -1,23 +1,24 @@
 //! A 16550 serial port, output only: the kernel's console before any driver, for debugging.
 
+use std::convert::Infallible;
 use std::io::{self, Write};
 use std::sync::Arc;
 
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
-use vmm_sys_util::eventfd::EventFd;
 
-use super::BusDevice;
 use super::console_log::ConsoleLog;
+use super::{BusDevice, Line};
 
-/// The interrupt line of the port.
-struct Line(EventFd);
+/// Raises the port's interrupt line.
+struct Raise(Arc<dyn Line>);
 
-impl Trigger for Line {
-    type E = io::Error;
+impl Trigger for Raise {
+    type E = Infallible;
 
-    fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.raise();
+        Ok(())
     }
 }
 
@@ -35,13 +36,13 @@ impl Write for Log {
 }
 
 /// The first serial port.
-pub struct SerialPort(Serial<Line, NoEvents, Log>);
+pub struct SerialPort(Serial<Raise, NoEvents, Log>);
 
 impl SerialPort {
     /// A port that writes to `log` and interrupts by `line`.
     #[must_use]
-    pub fn new(line: EventFd, log: Arc<ConsoleLog>) -> Self {
-        SerialPort(Serial::new(Line(line), Log(log)))
+    pub fn new(line: Arc<dyn Line>, log: Arc<ConsoleLog>) -> Self {
+        SerialPort(Serial::new(Raise(line), Log(log)))
     }
 }
 

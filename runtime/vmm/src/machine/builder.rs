@@ -1,8 +1,8 @@
 //! Building a VM: one linear recipe.
 //!
-//! The order matters. Guest memory is registered before KVM's interrupt controller and the
-//! ioeventfds exist, because afterwards every new memory slot waits for a grace period. The interrupt
-//! controller comes before the vCPUs, which get their local APICs from it. Kernel and initramfs are
+//! The order matters. Guest memory is registered before the ioeventfds exist, because afterwards every
+//! new memory slot waits for a grace period. That the local APICs are KVM's is said before the vCPUs
+//! are made, which then have them. Kernel and initramfs are
 //! placed while nothing runs. Devices come last: each is wired to KVM by its eventfds and named on
 //! the kernel's command line, and with that the boot structures can be written.
 
@@ -11,7 +11,7 @@ use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use husk_vmm_api::{ChannelError, DiskConfig, Phase, Received, Request, VmConfig};
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -25,9 +25,9 @@ use crate::arch::regs::{self, RegsError};
 use crate::arch::{cpuid, layout};
 use crate::boot::{self, LoadError, LoadedKernel};
 use crate::counters::{DeviceCounters, ExitCounters};
-use crate::devices::BusDevice;
 use crate::devices::bus::{Bus, RangeTaken};
 use crate::devices::console_log::ConsoleLog;
+use crate::devices::ioapic::{self, IoApic, Message, Messages};
 use crate::devices::reset::ResetLine;
 use crate::devices::serial::SerialPort;
 use crate::devices::signal::SignalPort;
@@ -37,6 +37,7 @@ use crate::devices::virtio::console::Console;
 use crate::devices::virtio::mmio::{MmioTransport, WINDOW_LEN};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostSink, Vsock, VsockHandle};
+use crate::devices::{BusDevice, Line};
 use crate::memory::{self, MemoryError};
 
 /// The API version that every KVM has had since Linux 2.6.22.
@@ -45,8 +46,8 @@ const KVM_API_VERSION: i32 = 12;
 /// What KVM must be able to do.
 const CAPABILITIES: [(Cap, &str); 8] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+    (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
@@ -160,7 +161,7 @@ pub struct Machine {
     /// To connect to the guest's vsock ports, if the VM has a vsock device.
     pub vsock: Option<VsockHandle>,
     // Both must live as long as the vCPUs; the process's end is their end.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
     _memory: GuestMemory,
 }
 
@@ -198,7 +199,7 @@ pub fn build(
     let kernel_file = take(boot, config.kernel, "the kernel")?.into();
 
     let kvm = open_kvm(take(boot, config.kvm, "/dev/kvm")?)?;
-    let vm = create_vm(&kvm)?;
+    let vm = Arc::new(create_vm(&kvm)?);
     reporter.phase(Phase::Kvm);
 
     let memory = memory::map(config.memory_mib)?;
@@ -215,7 +216,7 @@ pub fn build(
     };
     reporter.phase(Phase::Load);
 
-    vm.create_irq_chip().map_err(kvm_error("create the interrupt controller"))?;
+    create_local_apics(&vm)?;
     let console_file = match config.console {
         Some(index) => Some(File::from(take(boot, index, "the console log")?)),
         None => None,
@@ -238,12 +239,14 @@ pub fn build(
     }
     let exits = Arc::new(ExitCounters::default());
     devices.add_legacy(config, &console, &exits)?;
-    let Devices { mmio, ports, counters, cmdline, .. } = devices;
+    let Devices { ioapic, mut mmio, ports, counters, cmdline, .. } = devices;
+    let inputs = ioapic.inputs();
+    mmio.insert(layout::IO_APIC.into(), ioapic::WINDOW_LEN, Arc::new(Mutex::new(ioapic)))?;
     reporter.phase(Phase::Devices);
 
     boot_params::write_boot_params(&memory, &cmdline, initramfs)?;
     boot_params::write_cpu_tables(&memory)?;
-    mptable::write_mp_table(&memory, config.vcpus)?;
+    mptable::write_mp_table(&memory, config.vcpus, inputs)?;
     let vcpus = create_vcpus(&kvm, &vm, config.vcpus, kernel)?;
 
     let shared = vcpu::Shared { ports: Arc::new(ports), mmio: Arc::new(mmio), exits, reporter };
@@ -296,6 +299,25 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, BuildError> {
     Ok(vm)
 }
 
+/// Has KVM make a local APIC with each vCPU. The other half of an interrupt controller is
+/// [`IoApic`].
+fn create_local_apics(vm: &VmFd) -> Result<(), BuildError> {
+    // No input of an IO-APIC whose end of interrupt would have to be told.
+    let cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [0; 4], ..Default::default() };
+    vm.enable_cap(&cap).map_err(kvm_error("create the local APICs"))
+}
+
+/// Messages go to KVM's local APICs.
+impl Messages for VmFd {
+    fn send(&self, message: Message) {
+        let msi = kvm_msi { address_lo: message.address, data: message.data, ..Default::default() };
+        if let Err(error) = self.signal_msi(msi) {
+            // A vector or a destination that there is not: the guest's own doing.
+            tracing::trace!(%error, ?message, "an interrupt cannot be delivered");
+        }
+    }
+}
+
 fn create_vcpus(
     kvm: &Kvm,
     vm: &VmFd,
@@ -332,6 +354,7 @@ struct Devices<'a> {
     vm: &'a VmFd,
     memory: &'a GuestMemory,
     reporter: &'a Reporter,
+    ioapic: IoApic,
     mmio: Bus,
     ports: Bus,
     counters: Vec<NamedCounters>,
@@ -343,7 +366,7 @@ struct Devices<'a> {
 
 impl<'a> Devices<'a> {
     fn new(
-        vm: &'a VmFd,
+        vm: &'a Arc<VmFd>,
         memory: &'a GuestMemory,
         reporter: &'a Reporter,
         config: &VmConfig,
@@ -353,23 +376,23 @@ impl<'a> Devices<'a> {
         if !config.cmdline.is_empty() {
             cmdline = format!("{cmdline} {}", config.cmdline);
         }
+        let ioapic = IoApic::new(vm.clone());
         let (mmio, ports, counters) = (Bus::default(), Bus::default(), Vec::new());
         let acks = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
             BuildError::Device { device: "interrupt acknowledgement".to_owned(), source }
         })?;
-        Ok(Devices { vm, memory, reporter, mmio, ports, counters, cmdline, count: 0, acks })
+        Ok(Devices { vm, memory, reporter, ioapic, mmio, ports, counters, cmdline, count: 0, acks })
     }
 
     /// Adds a virtio device: a window, an interrupt line, an ioeventfd per queue and one for the
     /// acknowledgements.
     fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
         let name = device.name().to_owned();
-        let transport = MmioTransport::new(self.memory.clone(), device, self.reporter.clone())
-            .map_err(|source| BuildError::Device { device: name.clone(), source })?;
         let (window, irq) = (layout::mmio_of(self.count), layout::irq_of(self.count));
-        self.vm
-            .register_irqfd(transport.interrupt_line(), irq)
-            .map_err(kvm_error("register an interrupt"))?;
+        let (memory, reporter, line) =
+            (self.memory.clone(), self.reporter.clone(), self.line(&name, irq)?);
+        let transport = MmioTransport::new(memory, device, reporter, line)
+            .map_err(|source| BuildError::Device { device: name.clone(), source })?;
         let ack = IoEventAddress::Mmio(window.saturating_add(MmioTransport::INTERRUPT_ACK));
         self.vm
             .register_ioevent(&self.acks, &ack, NoDatamatch)
@@ -387,6 +410,14 @@ impl<'a> Devices<'a> {
         Ok(())
     }
 
+    /// The interrupt line of a device.
+    fn line(&mut self, device: &str, irq: u32) -> Result<Arc<dyn Line>, BuildError> {
+        self.ioapic.line(irq).ok_or_else(|| BuildError::Device {
+            device: device.to_owned(),
+            source: std::io::Error::other("there are more devices than interrupt lines"),
+        })
+    }
+
     /// Adds what lies at I/O ports.
     fn add_legacy(
         &mut self,
@@ -399,11 +430,7 @@ impl<'a> Devices<'a> {
         let signal = SignalPort::new(self.reporter.clone(), exits.clone());
         self.add_port(husk_proto::guest::SIGNAL_PORT.into(), 1, signal)?;
         if config.serial_console {
-            let failed = |source| BuildError::Device { device: "serial".to_owned(), source };
-            let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
-            self.vm
-                .register_irqfd(&line, layout::SERIAL_IRQ)
-                .map_err(kvm_error("register an interrupt"))?;
+            let line = self.line("serial", layout::SERIAL_IRQ)?;
             let serial = SerialPort::new(line, console.clone());
             self.add_port(layout::SERIAL_PORT, layout::SERIAL_PORT_SIZE, serial)?;
         }

@@ -66,19 +66,12 @@ pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 /// From one window to the next.
 pub const VIRTIO_MMIO_STRIDE: u64 = 0x1000;
 
-/// Address of the IO-APIC that KVM emulates.
+/// Address of the IO-APIC.
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Address of the local APICs that KVM emulates.
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Where KVM on Intel keeps its three TSS pages for real mode.
 pub const KVM_TSS: usize = 0xfffb_d000;
-
-/// First interrupt line for devices: those below belong to a PC's timer, keyboard, cascade and
-/// serial ports.
-pub const FIRST_IRQ: u32 = 5;
-/// Last input of the IO-APIC that KVM emulates. With more devices than lines, lines are shared
-/// (the virtio-mmio driver asks its `InterruptStatus` first).
-pub const LAST_IRQ: u32 = 23;
 
 /// The interrupt of the first serial port.
 pub const SERIAL_IRQ: u32 = 4;
@@ -92,12 +85,12 @@ pub const KEYBOARD_PORT: u64 = 0x60;
 /// From data to command port.
 pub const KEYBOARD_PORT_SIZE: u64 = 5;
 
-/// The interrupt line of the device with this number.
+/// The interrupt line of the device with this number: the first that is neither 0, which a kernel takes
+/// for the timer, nor the serial port's.
 #[must_use]
 pub fn irq_of(device: u32) -> u32 {
-    const LINES: u32 = LAST_IRQ - FIRST_IRQ + 1;
-    // Below LAST_IRQ by construction.
-    FIRST_IRQ.saturating_add(device.checked_rem(LINES).unwrap_or(0))
+    let line = device.saturating_add(1);
+    if line < SERIAL_IRQ { line } else { line.saturating_add(1) }
 }
 
 /// The MMIO window of the device with this number.
@@ -118,10 +111,11 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_shared_only_when_all_are_taken() {
-        let lines: std::collections::HashSet<u32> = (0..19).map(irq_of).collect();
-        assert_eq!(lines.len(), 19);
-        assert_eq!(irq_of(19), irq_of(0));
-        assert!(lines.iter().all(|l| (FIRST_IRQ..=LAST_IRQ).contains(l)));
+    fn every_device_has_a_line_of_its_own() {
+        let most = husk_vmm_api::MAX_DISKS as u32 + 8;
+        let lines: std::collections::BTreeSet<u32> = (0..most).map(irq_of).collect();
+        assert_eq!(lines.len(), most as usize);
+        assert!(!lines.contains(&0) && !lines.contains(&SERIAL_IRQ));
+        assert!(lines.iter().all(|line| *line < crate::devices::ioapic::MAX_INPUTS));
     }
 }

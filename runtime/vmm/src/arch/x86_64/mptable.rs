@@ -9,7 +9,7 @@ use super::layout;
 use crate::GuestMemory;
 
 const SPEC_REVISION: u8 = 4;
-/// Version of the integrated APICs and the IO-APIC that KVM emulates.
+/// Versions of the integrated APICs, which are KVM's, and of the IO-APIC.
 const LOCAL_APIC_VERSION: u8 = 0x14;
 const IO_APIC_VERSION: u8 = 0x11;
 
@@ -26,7 +26,6 @@ const IO_APIC_ENABLED: u8 = 1;
 /// Interrupt types (table 4-10).
 const INT: u8 = 0;
 const NMI: u8 = 1;
-const EXT_INT: u8 = 3;
 
 const FLOATING_POINTER_LEN: u64 = 16;
 const HEADER_LEN: usize = 44;
@@ -47,17 +46,17 @@ pub enum MpTableError {
     Write(#[source] vm_memory::GuestMemoryError),
 }
 
-/// Writes the table for so many CPUs (APIC IDs from 0) and one IO-APIC.
+/// Writes the table for so many CPUs (APIC IDs from 0) and one IO-APIC with so many inputs.
 ///
 /// # Errors
 /// Too many CPUs, or guest memory is too small.
-pub fn write_mp_table(memory: &GuestMemory, vcpus: u32) -> Result<(), MpTableError> {
+pub fn write_mp_table(memory: &GuestMemory, vcpus: u32, inputs: u8) -> Result<(), MpTableError> {
     let cpus = u8::try_from(vcpus)
         .ok()
         .filter(|n| (1..=husk_vmm_api::MAX_VCPUS).contains(&u32::from(*n)))
         .ok_or(MpTableError::TooManyVcpus { vcpus })?;
     let mut bytes = floating_pointer();
-    bytes.extend(configuration_table(cpus));
+    bytes.extend(configuration_table(cpus, inputs));
     memory.write_slice(&bytes, layout::MP_TABLE).map_err(MpTableError::Write)
 }
 
@@ -71,7 +70,7 @@ fn floating_pointer() -> Vec<u8> {
     bytes
 }
 
-fn configuration_table(cpus: u8) -> Vec<u8> {
+fn configuration_table(cpus: u8, inputs: u8) -> Vec<u8> {
     let io_apic_id = cpus;
     let mut entries = Vec::new();
     let mut count: u16 = 0;
@@ -92,10 +91,10 @@ fn configuration_table(cpus: u8) -> Vec<u8> {
     push(&entry);
     // Every line goes straight to the input of the same number; flags 0: as the bus defines (edge,
     // active high).
-    for line in 0..=u8::try_from(layout::LAST_IRQ).unwrap_or_default() {
+    for line in 0..inputs {
         push(&[ENTRY_IO_INTERRUPT, INT, 0, 0, 0, line, io_apic_id, line]);
     }
-    push(&[ENTRY_LOCAL_INTERRUPT, EXT_INT, 0, 0, 0, 0, ALL_APICS, 0]);
+    // There is no 8259 whose interrupts would come in at input 0 of the local APICs.
     push(&[ENTRY_LOCAL_INTERRUPT, NMI, 0, 0, 0, 0, ALL_APICS, 1]);
 
     let len = u16::try_from(HEADER_LEN.saturating_add(entries.len())).unwrap_or(u16::MAX);
@@ -136,18 +135,18 @@ mod tests {
         assert_eq!(sum(&floating_pointer()), 0);
         assert_eq!(floating_pointer().len() as u64, FLOATING_POINTER_LEN);
         for cpus in 1..=64 {
-            let table = configuration_table(cpus);
+            let table = configuration_table(cpus, 120);
             assert_eq!(sum(&table), 0);
             assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
             assert!((table.len() as u64) + FLOATING_POINTER_LEN <= layout::MP_TABLE_CAPACITY);
             let count = u16::from_le_bytes([table[34], table[35]]);
-            assert_eq!(count, u16::from(cpus) + 1 + 1 + 24 + 2);
+            assert_eq!(count, u16::from(cpus) + 1 + 1 + 120 + 1);
         }
     }
 
     #[test]
     fn entries_have_the_lengths_of_the_specification() {
-        let table = configuration_table(3);
+        let table = configuration_table(3, 9);
         let (mut at, mut cpus) = (HEADER_LEN, Vec::new());
         while at < table.len() {
             match table[at] {
@@ -166,10 +165,10 @@ mod tests {
     #[test]
     fn too_many_cpus_are_refused() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
-        assert!(write_mp_table(&memory, 64).is_ok());
+        assert!(write_mp_table(&memory, 64, 5).is_ok());
         for vcpus in [0, 65, 300] {
             assert!(matches!(
-                write_mp_table(&memory, vcpus),
+                write_mp_table(&memory, vcpus, 5),
                 Err(MpTableError::TooManyVcpus { .. })
             ));
         }

@@ -31,6 +31,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::chain::Virtqueue;
 use crate::GuestMemory;
 use crate::counters::DeviceCounters;
+use crate::devices::Line;
 use crate::machine::report::Reporter;
 
 /// `VIRTIO_F_VERSION_1`: the device is not a legacy one (virtio 1.2, section 6).
@@ -180,8 +181,7 @@ struct InterruptInner {
     pending: AtomicU32,
     /// `Status`; workers may only add `DEVICE_NEEDS_RESET`.
     status: AtomicU32,
-    /// Wired to the guest's interrupt controller by irqfd.
-    line: EventFd,
+    line: Arc<dyn Line>,
     /// `ConfigGeneration`: changes with the configuration space.
     config_generation: AtomicU32,
     counters: Arc<DeviceCounters>,
@@ -190,7 +190,7 @@ struct InterruptInner {
 impl Interrupt {
     /// An interrupt that signals `line`.
     #[must_use]
-    pub fn new(line: EventFd, counters: Arc<DeviceCounters>) -> Self {
+    pub fn new(line: Arc<dyn Line>, counters: Arc<DeviceCounters>) -> Self {
         Interrupt {
             inner: Arc::new(InterruptInner {
                 pending: AtomicU32::new(0),
@@ -227,12 +227,6 @@ impl Interrupt {
         &self.inner.counters
     }
 
-    /// The eventfd to wire to the guest's interrupt controller.
-    #[must_use]
-    pub fn line(&self) -> &EventFd {
-        &self.inner.line
-    }
-
     /// `Status` as the driver reads it.
     #[must_use]
     pub fn status(&self) -> u32 {
@@ -265,9 +259,6 @@ impl Interrupt {
     fn signal(&self, bit: u32) {
         self.inner.pending.fetch_or(bit, Ordering::SeqCst);
         self.inner.counters.count_interrupt();
-        if let Err(error) = self.inner.line.write(1) {
-            // Only a full counter (2^64 - 2 unread interrupts) can do this: the line is up anyway.
-            tracing::warn!(%error, "cannot signal an interrupt line");
-        }
+        self.inner.line.raise();
     }
 }

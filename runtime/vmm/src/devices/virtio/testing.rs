@@ -34,9 +34,14 @@ pub(crate) fn memory() -> GuestMemory {
     .unwrap()
 }
 
+/// An interrupt line that a test can look at.
+pub(crate) fn interrupt_line() -> Arc<EventFd> {
+    Arc::new(EventFd::new(EFD_NONBLOCK).unwrap())
+}
+
 /// An interrupt whose line nobody reads.
 pub(crate) fn interrupt() -> Interrupt {
-    Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap(), Arc::new(DeviceCounters::default()))
+    Interrupt::new(interrupt_line(), Arc::new(DeviceCounters::default()))
 }
 
 /// A buffer of a chain.

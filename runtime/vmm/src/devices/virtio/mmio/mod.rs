@@ -6,7 +6,7 @@
 //! move into the device; a register write can no longer reach them.
 //!
 //! Not for: the devices' work (their workers do it), or wiring to KVM (`machine` does it, with
-//! [`MmioTransport::queue_kicks`] and [`MmioTransport::interrupt_line`]).
+//! [`MmioTransport::queue_kicks`]).
 
 mod queue;
 pub mod status;
@@ -24,7 +24,7 @@ use super::{
 };
 use crate::GuestMemory;
 use crate::counters::DeviceCounters;
-use crate::devices::BusDevice;
+use crate::devices::{BusDevice, Line};
 use crate::machine::report::Reporter;
 
 /// Length of a device's MMIO window in bytes.
@@ -101,7 +101,7 @@ impl MmioTransport {
     /// interrupts again.
     pub const INTERRUPT_ACK: u64 = register::INTERRUPT_ACK;
 
-    /// A transport in front of `device`. A failure of the host while the device works is reported to
+    /// A transport in front of `device`, which interrupts by `line`. A failure of the host while the device works is reported to
     /// `reporter`.
     ///
     /// # Errors
@@ -110,11 +110,12 @@ impl MmioTransport {
         memory: GuestMemory,
         device: Box<dyn VirtioDevice>,
         reporter: Reporter,
+        line: Arc<dyn Line>,
     ) -> io::Result<Self> {
         let event_fd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let sizes = device.queue_max_sizes();
         let kicks = sizes.iter().map(|_| event_fd()).collect::<Result<_, _>>()?;
-        let interrupt = Interrupt::new(event_fd()?, Arc::new(DeviceCounters::default()));
+        let interrupt = Interrupt::new(line, Arc::new(DeviceCounters::default()));
         Ok(MmioTransport {
             memory,
             queues: sizes.iter().map(|size| QueueSetup::new(*size)).collect(),
@@ -138,12 +139,6 @@ impl MmioTransport {
     #[must_use]
     pub fn queue_kicks(&self) -> &[EventFd] {
         &self.kicks
-    }
-
-    /// The eventfd to be registered as irqfd with this device's interrupt (edge-triggered).
-    #[must_use]
-    pub fn interrupt_line(&self) -> &EventFd {
-        self.interrupt.line()
     }
 
     /// The device's counters.

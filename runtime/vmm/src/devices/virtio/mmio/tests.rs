@@ -5,7 +5,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::super::rng::Rng;
 use super::super::status::{ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, FAILED, FEATURES_OK};
-use super::super::testing::{Buffer, Driver, MEMORY_LEN, is_signalled, memory, wait_until};
+use super::super::testing::{
+    Buffer, Driver, MEMORY_LEN, interrupt_line, is_signalled, memory, wait_until,
+};
 use super::super::{INTERRUPT_CONFIG, INTERRUPT_USED_RING, RING_FEATURES};
 use super::*;
 use crate::machine::report::channel;
@@ -62,6 +64,7 @@ impl VirtioDevice for Fake {
 struct Guest {
     transport: MmioTransport,
     held: Held,
+    line: Arc<EventFd>,
 }
 
 impl Guest {
@@ -73,7 +76,9 @@ impl Guest {
         let held = Held::default();
         let device = Box::new(Fake { held: held.clone(), fails });
         let (reporter, _reports) = channel().unwrap();
-        Guest { transport: MmioTransport::new(memory(), device, reporter).unwrap(), held }
+        let line = interrupt_line();
+        let transport = MmioTransport::new(memory(), device, reporter, line.clone()).unwrap();
+        Guest { transport, held, line }
     }
 
     fn read(&mut self, offset: u64) -> u32 {
@@ -318,7 +323,7 @@ fn a_device_that_cannot_start_needs_a_reset() {
     guest.activate();
     assert_eq!(guest.status(), LIVE | DEVICE_NEEDS_RESET);
     assert_eq!(guest.read(register::INTERRUPT_STATUS), INTERRUPT_CONFIG);
-    assert!(is_signalled(guest.transport.interrupt_line()));
+    assert!(is_signalled(&guest.line));
 }
 
 #[test]
@@ -449,8 +454,9 @@ fn go_live(transport: &mut MmioTransport, driver: &Driver) {
 fn a_real_device_answers_and_interrupts_and_does_so_again_after_a_reset() {
     let memory = memory();
     let (reporter, _reports) = channel().unwrap();
+    let (line, device) = (interrupt_line(), Box::new(Rng::new()));
     let mut transport =
-        MmioTransport::new(memory.clone(), Box::new(Rng::new()), reporter.clone()).unwrap();
+        MmioTransport::new(memory.clone(), device, reporter.clone(), line.clone()).unwrap();
     for round in 1..4 {
         let mut driver = Driver::new(&memory, round, 64);
         go_live(&mut transport, &driver);
@@ -458,11 +464,11 @@ fn a_real_device_answers_and_interrupts_and_does_so_again_after_a_reset() {
         let head = driver.add_indirect(&[Buffer::In(at, 32)]);
         transport.write(register::QUEUE_NOTIFY, &0_u32.to_le_bytes());
         assert_eq!(driver.wait_used(), (head, 32));
-        wait_until(|| is_signalled(transport.interrupt_line()));
+        wait_until(|| is_signalled(&line));
         let mut pending = [0; 4];
         transport.read(register::INTERRUPT_STATUS, &mut pending);
         assert_eq!(u32::from_le_bytes(pending), INTERRUPT_USED_RING);
-        transport.interrupt_line().read().unwrap();
+        line.read().unwrap();
         transport.write(register::STATUS, &[0; 4]);
     }
     let counts = transport.counters().snapshot();
@@ -474,8 +480,9 @@ fn a_real_device_answers_and_interrupts_and_does_so_again_after_a_reset() {
 fn resets_in_the_middle_of_work_lose_nothing_of_the_host() {
     let memory = memory();
     let (reporter, _reports) = channel().unwrap();
+    let device = Box::new(Rng::new());
     let mut transport =
-        MmioTransport::new(memory.clone(), Box::new(Rng::new()), reporter.clone()).unwrap();
+        MmioTransport::new(memory.clone(), device, reporter.clone(), interrupt_line()).unwrap();
     for round in 0..100_u16 {
         // The rings are used again, as a new driver leaves them.
         memory.write_slice(&[0; 0x1_0000], GuestAddress(0x1_0000)).unwrap();
