@@ -166,7 +166,8 @@ fn link_all(volume: &Path, files: &Files) -> io::Result<()> {
     let wanted: BTreeSet<String> = files.files.iter().map(|file| first(&file.path)).collect();
     let mut there = BTreeSet::new();
     for entry in fs::read_dir(volume)? {
-        let name = entry?.file_name().into_string().unwrap_or_default();
+        // A name that is not UTF-8 is none that this module has made.
+        let Ok(name) = entry?.file_name().into_string() else { continue };
         // What begins with ".." is this module's own; a directory is what a subPath that named no
         // file has made.
         let is_link = fs::symlink_metadata(volume.join(&name))?.is_symlink();

@@ -8,6 +8,7 @@
 #![deny(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::indexing_slicing)]
 
+mod channel;
 mod downward;
 pub mod guest;
 pub mod holder;

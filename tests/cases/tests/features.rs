@@ -291,7 +291,8 @@ fn until(
     let deadline = Instant::now() + LIMIT;
     loop {
         let output = husk.output(&["inspect", pod])?;
-        let all: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        // Until the pod is known there is no JSON, but an error, which is shown in the end.
+        let all = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
         let containers = all[0]["status"]["containers"].as_array().into_iter().flatten();
         if containers.into_iter().any(|one| one["name"] == container && wanted(one)) {
             return Ok(());

@@ -10,7 +10,7 @@ pub use tonic::{Code, Status, Streaming};
 
 use super::record::Found;
 use super::socket;
-use crate::guest::channel;
+use crate::channel;
 
 /// Why the process of a pod cannot be spoken to.
 #[derive(Debug, thiserror::Error)]
@@ -88,7 +88,7 @@ pub async fn connect(found: &Found) -> Result<Client, ClientError> {
         Ok(stream) => stream,
         Err(source) => return Err(ClientError::Unreachable { name, pid, source }),
     };
-    match channel(stream).await {
+    match channel::over(stream, channel::nameless()).await {
         Ok(channel) => Ok(PodClient::new(channel).max_decoding_message_size(MAX_ANSWER)),
         Err(source) => Err(ClientError::Connect { name, pid, source }),
     }

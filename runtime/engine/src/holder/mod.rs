@@ -167,7 +167,10 @@ impl Held {
             tracing::error!(%error, "the output was cut off");
         }
         let last = StatusRecord::of(&report.status).with_guest(report.guest.as_ref());
-        let known = statuses.await.unwrap_or_default();
+        let known = statuses.await.unwrap_or_else(|error| {
+            tracing::error!(%error, "the changes of status were not all written");
+            StatusRecord::default()
+        });
         let write = {
             let (record, last) = (record.clone(), last.clone());
             move || write_status(&record, (&records, &who), &known, &last)

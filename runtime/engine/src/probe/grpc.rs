@@ -3,15 +3,15 @@
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 
-use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 use tonic::{Code, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 use super::{Answer, Fault, USER_AGENT};
+use crate::channel;
 use crate::pod::chain;
 
 /// Longest answer in bytes: it is a number.
@@ -41,29 +41,16 @@ where
     let failed = |error: &dyn std::error::Error| Fault::Server(format!("gRPC: {}", chain(error)));
     let ours = stream.as_fd().try_clone_to_owned().map_err(|error| failed(&error))?;
     let _hang_up = HangUp(ours);
-    let channel = channel(stream, port).await.map_err(|error| failed(&error))?;
+    let endpoint = endpoint(port).map_err(|error| failed(&error))?;
+    let channel = channel::over(stream, endpoint).await.map_err(|error| failed(&error))?;
     let mut client = HealthClient::new(channel).max_decoding_message_size(MAX_ANSWER);
     let answer = client.check(HealthCheckRequest { service: service.to_owned() }).await;
     judge(answer.map(|answer| answer.into_inner().status))
 }
 
-/// Turns one connection into a channel.
-async fn channel<S>(stream: S, port: u16) -> Result<Channel, tonic::transport::Error>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let mut stream = Some(stream);
-    let connector = tower::service_fn(move |_: http::Uri| {
-        let stream = stream.take().ok_or_else(|| {
-            std::io::Error::new(std::io::ErrorKind::NotConnected, "the connection is closed")
-        });
-        std::future::ready(stream.map(TokioIo::new))
-    });
-    Endpoint::from_shared(format!("http://{}:{port}", Ipv4Addr::LOCALHOST))?
-        .user_agent(USER_AGENT)?
-        .http2_max_header_list_size(MAX_HEADERS)
-        .connect_with_connector(connector)
-        .await
+fn endpoint(port: u16) -> Result<Endpoint, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{}:{port}", Ipv4Addr::LOCALHOST))?;
+    Ok(endpoint.user_agent(USER_AGENT)?.http2_max_header_list_size(MAX_HEADERS))
 }
 
 /// What an answer means: a `ServingStatus`, or a status of gRPC.

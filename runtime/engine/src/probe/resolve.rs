@@ -78,7 +78,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_that_does_not_exist_is_told() {
-        let why = resolve(&nowhere()).await.err().unwrap_or_default();
+        let why = resolve(&nowhere()).await.unwrap_err();
         assert!(why.starts_with(&format!("look up {}: ", nowhere())), "{why}");
     }
 

@@ -171,7 +171,10 @@ impl Records {
     }
 
     fn exists(&self, pod: &PodRecord, dir: &RecordDir) -> RecordError {
-        let phase = dir.status().map(|status| status.phase).unwrap_or_default();
+        let phase = match dir.status() {
+            Ok(status) => status.phase,
+            Err(error) => format!("in an unknown phase: {error}"),
+        };
         RecordError::Exists { name: pod.full_name(), uid: pod.uid.clone(), phase }
     }
 

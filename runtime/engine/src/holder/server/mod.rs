@@ -21,7 +21,7 @@ use husk_proto::pod as wire;
 use husk_proto::pod::pod_server::{Pod as Service, PodServer};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
@@ -138,7 +138,7 @@ async fn serve_one(stream: UnixStream, served: Served) {
 
 /// Passes on what comes from a stream of the guest, piece by piece, until its end or until nobody
 /// wants it any more.
-async fn pump<T>(mut from: UnixStream, to: To<T>, wrap: impl Fn(Vec<u8>) -> T) {
+async fn pump<T>(mut from: impl AsyncRead + Unpin, to: To<T>, wrap: impl Fn(Vec<u8>) -> T) {
     let mut buffer = vec![0; PIECE];
     loop {
         let read = tokio::select! {
