@@ -30,6 +30,12 @@ pub(crate) enum ConnectError {
     Timeout { port: u32, limit: Duration },
 }
 
+impl From<ConnectError> for io::Error {
+    fn from(error: ConnectError) -> Self {
+        io::Error::other(error)
+    }
+}
+
 /// How long the host may take to accept. It is a process on a machine that may be overloaded, and
 /// without it the agent has no purpose.
 const CONNECT_LIMIT: Duration = Duration::from_secs(60);

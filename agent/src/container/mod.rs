@@ -48,7 +48,7 @@ use tokio::sync::watch;
 use crate::cgroup::{Cgroup, CgroupError, UpdateError};
 use crate::lock;
 use crate::reaper::Reaper;
-use crate::stdio::{Relay, StdioError};
+use crate::stdio::{Relay, StdioError, UnusedPorts};
 use crate::transport::Transport;
 
 use events::{Events, OomWatch};
@@ -127,6 +127,7 @@ pub(crate) struct Exit {
     pub(crate) signal: u32,
     pub(crate) oom_killed: bool,
     pub(crate) at: SystemTime,
+    pub(crate) unused_ports: UnusedPorts,
 }
 
 /// What is known of a process's end.

@@ -161,8 +161,10 @@ impl Runner {
             // Where containers share their process IDs, one can be deleted before the last of its
             // processes is reaped: who waits for that is told all the same.
             let ended = runner.mark_ended(&id, &exec, pid, &cgroup.cgroup);
+            // Of one that is gone there is no output left to wait for, and nothing to tell of its memory.
             let Ended { relay, oom_killed } = ended.unwrap_or_default();
-            if !relay.drain().await {
+            let (complete, unused_ports) = relay.drain().await;
+            if !complete {
                 tracing::warn!(
                     container = id,
                     exec,
@@ -175,7 +177,8 @@ impl Runner {
                 How::Code(code) => (u32::from(code), 0),
                 How::Signal(signal) => (128 + u32::from(signal), u32::from(signal)),
             };
-            outcome.send_replace(Outcome::Ended(Exit { code, signal, oom_killed, at: reaped.at }));
+            let exit = Exit { code, signal, oom_killed, at: reaped.at, unused_ports };
+            outcome.send_replace(Outcome::Ended(exit));
         });
     }
 

@@ -103,6 +103,7 @@ impl Service for Agent {
             signal: exit.signal,
             oom_killed: exit.oom_killed,
             exited_at_ns: epoch_ns(exit.at),
+            unused_ports: exit.unused_ports.into_iter().filter(|port| *port != 0).collect(),
         }))
     }
 

@@ -15,6 +15,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
 use super::buffer::Buffer;
+use crate::transport::Transport;
 
 /// What is delivered after that: the most that a pipe can hold (/proc/sys/fs/pipe-max-size, which
 /// an ordinary process cannot exceed), so that nothing is lost that was written before the end.
@@ -30,6 +31,27 @@ const READER_LIMIT: Duration = Duration::from_secs(60);
 pub(super) struct Source {
     fd: Arc<AsyncFd<OwnedFd>>,
     is_terminal: bool,
+}
+
+/// Where a process's output goes.
+pub(crate) enum Host {
+    Connected(UnixStream),
+    /// To a port that is connected when there is something to carry.
+    Later {
+        transport: Transport,
+        port: u32,
+    },
+    /// Nobody takes it (any more).
+    Gone,
+}
+
+/// What became of an output.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Carried {
+    /// Whether it came to the end of the stream, and the host took all.
+    pub(super) complete: bool,
+    /// The port that was not connected, because nothing came.
+    pub(super) unused: Option<u32>,
 }
 
 /// What came of one step.
@@ -79,13 +101,52 @@ impl Source {
     /// Moves what is there on to the host, or away if there is no connection any more.
     async fn step(
         &self,
-        connection: Option<&mut UnixStream>,
+        host: &mut Host,
         closing: &mut watch::Receiver<bool>,
     ) -> Result<Moved, Trouble> {
-        match connection {
-            Some(connection) if !self.is_terminal => self.splice(connection, closing).await,
-            connection => self.copy(connection, closing).await,
+        if let Host::Later { transport, port } = host {
+            match self.peek().map_err(Trouble::Source)? {
+                Moved::Bytes(_) => {}
+                nothing => return Ok(nothing),
+            }
+            let connected = transport.connect(*port).await;
+            *host = Host::Connected(connected.map_err(|error| Trouble::Host(error.into()))?);
         }
+        match host {
+            Host::Connected(connection) if !self.is_terminal => {
+                self.splice(connection, closing).await
+            }
+            Host::Connected(connection) => self.copy(Some(connection), closing).await,
+            Host::Later { .. } | Host::Gone => self.copy(None, closing).await,
+        }
+    }
+
+    /// Looks at a pipe, and moves nothing: there are bytes (how many is not counted), nothing, or
+    /// the end.
+    fn peek(&self) -> io::Result<Moved> {
+        loop {
+            let mut pipe = [PollFd::new(self.fd.get_ref(), PollFlags::IN)];
+            match rustix::event::poll(&mut pipe, Some(&Timespec::default())) {
+                // The end of a child, for instance, also if nothing had to be waited for.
+                Err(Errno::INTR) => continue,
+                polled => polled?,
+            };
+            let [pipe] = pipe.map(|fd| fd.revents());
+            if pipe.contains(PollFlags::IN) {
+                return Ok(Moved::Bytes(0));
+            }
+            if !pipe.is_empty() {
+                return Ok(Moved::End);
+            }
+            self.forget_readiness();
+            return Ok(Moved::Nothing);
+        }
+    }
+
+    /// Has [`Self::readable`] wait for more.
+    fn forget_readiness(&self) {
+        let empty = |_: &OwnedFd| Err(io::ErrorKind::WouldBlock.into());
+        let _cleared: io::Result<()> = self.fd.try_io(Interest::READABLE, empty);
     }
 
     /// By the kernel, from the pipe into the connection: the bytes never come here.
@@ -104,8 +165,7 @@ impl Source {
                 // One of the two would block; the error does not say which.
                 Err(Errno::AGAIN) => match would_block(pipe, connection).map_err(Trouble::Host)? {
                     Some(Side::Pipe) => {
-                        let empty = |_: &OwnedFd| Err(io::ErrorKind::WouldBlock.into());
-                        let _cleared: io::Result<()> = self.fd.try_io(Interest::READABLE, empty);
+                        self.forget_readiness();
                         return Ok(Moved::Nothing);
                     }
                     Some(Side::Connection) => {
@@ -178,13 +238,12 @@ async fn room(connection: &UnixStream, closing: &mut watch::Receiver<bool>) -> i
 /// tells the host that this was all. Without a connection, or after it broke, output is read and
 /// dropped: a client that goes away must not stop or kill the program.
 ///
-/// Once `closing` is true it ends with what there is to read then. Returns whether it came to the
-/// end of the stream, and the host took all.
+/// Once `closing` is true it ends with what there is to read then.
 pub(super) async fn to_host(
     source: Source,
-    mut socket: Option<UnixStream>,
+    mut host: Host,
     mut closing: watch::Receiver<bool>,
-) -> bool {
+) -> Carried {
     let mut complete = false;
     let mut left = LAST_BYTES;
     'stream: loop {
@@ -199,7 +258,7 @@ pub(super) async fn to_host(
             () = closed(&mut closing) => true,
         };
         loop {
-            match source.step(socket.as_mut(), &mut closing).await {
+            match source.step(&mut host, &mut closing).await {
                 Ok(Moved::Bytes(count)) => {
                     if *closing.borrow() {
                         left = left.saturating_sub(count);
@@ -213,7 +272,7 @@ pub(super) async fn to_host(
                 }
                 Err(Trouble::Host(error)) => {
                     tracing::info!(%error, "nobody takes the output any more");
-                    socket = None;
+                    host = Host::Gone;
                 }
                 Err(Trouble::Source(error)) => {
                     tracing::warn!(%error, "output cannot be read any more");
@@ -227,12 +286,17 @@ pub(super) async fn to_host(
             tokio::task::coop::consume_budget().await;
         }
     }
-    if let Some(mut connection) = socket
-        && let Err(error) = connection.shutdown().await
-    {
-        tracing::info!(%error, "the output's end could not be told");
-    }
-    complete
+    let unused = match host {
+        Host::Connected(mut connection) => {
+            if let Err(error) = connection.shutdown().await {
+                tracing::info!(%error, "the output's end could not be told");
+            }
+            None
+        }
+        Host::Later { port, .. } => Some(port),
+        Host::Gone => None,
+    };
+    Carried { complete, unused }
 }
 
 /// Writes all of `bytes`, however long the host takes; but once `closing` is true, only as long as

@@ -6,6 +6,10 @@
 //! terminal's, is read only after the host took what was read before: there is at most one buffer of
 //! [`buffer::BYTES`] for each such stream, and none while a stream is idle.
 //!
+//! Input and terminals are connected before the process starts. An output that goes through a pipe is
+//! connected when something is written to it: most processes write nothing to one of the two, and
+//! many checks and hooks nothing at all.
+//!
 //! A process has ended for its client when all that it wrote was taken. What delays that is bounded:
 //! a descendant that keeps the output open by [`DRAIN_LIMIT`], a host that does not read by
 //! [`carry::READER_LIMIT`] more.
@@ -27,7 +31,9 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use carry::{Source, from_host_to_pipe, from_host_to_terminal, to_host};
+use carry::{Carried, Source, from_host_to_pipe, from_host_to_terminal, to_host};
+
+pub(crate) use carry::Host;
 
 use crate::sys;
 use crate::transport::{ConnectError, Transport};
@@ -59,13 +65,17 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> StdioErro
 pub(crate) enum Ends {
     Pipes {
         input: Option<(UnixStream, pipe::Sender)>,
-        outputs: Vec<(AsyncFd<OwnedFd>, UnixStream)>,
+        /// With what is to be connected when there is something to read.
+        outputs: Vec<(AsyncFd<OwnedFd>, Host)>,
     },
     Terminal {
         input: Option<UnixStream>,
         output: Option<UnixStream>,
     },
 }
+
+/// The ports of outputs that were never connected, because nothing came; 0 for none.
+pub(crate) type UnusedPorts = [u32; 2];
 
 /// Streams whose pipes are there and whose connections are not.
 pub(crate) struct Unconnected {
@@ -121,8 +131,8 @@ pub(crate) fn prepare(
 }
 
 impl Unconnected {
-    /// Connects the streams to the host, all at once. To be waited for beside the making of the
-    /// process, which takes as long.
+    /// Connects the streams to the host that have to be there before the process starts. To be
+    /// waited for beside the making of the process, which takes as long.
     ///
     /// # Errors
     /// [`StdioError`]; then nothing is left open.
@@ -138,20 +148,9 @@ impl Unconnected {
             let (input, output) = tokio::try_join!(connect(stdin_port), connect(port))?;
             return Ok(Ends::Terminal { input, output });
         }
-        // There are two at most.
-        let mut outputs = outputs.into_iter();
-        let (first, second) = (outputs.next(), outputs.next());
-        let port_of = |output: &Option<(u32, AsyncFd<OwnedFd>)>| output.as_ref().map_or(0, |o| o.0);
-        let (stdin, one, other) = tokio::try_join!(
-            connect(stdin_port),
-            connect(port_of(&first)),
-            connect(port_of(&second)),
-        )?;
-        let with_pipe =
-            |(output, socket): (Option<(u32, AsyncFd<OwnedFd>)>, Option<UnixStream>)| {
-                output.map(|(_, pipe)| pipe).zip(socket)
-            };
-        let outputs = [(first, one), (second, other)].into_iter().filter_map(with_pipe).collect();
+        let later = |port| Host::Later { transport: transport.clone(), port };
+        let outputs = outputs.into_iter().map(|(port, pipe)| (pipe, later(port))).collect();
+        let stdin = connect(stdin_port).await?;
         Ok(Ends::Pipes { input: stdin.zip(input), outputs })
     }
 }
@@ -165,8 +164,7 @@ fn null() -> Result<OwnedFd, StdioError> {
 #[derive(Debug, Default)]
 pub(crate) struct Relay {
     input: Option<JoinHandle<()>>,
-    /// Each tells at its end whether that was the end of its stream.
-    outputs: Vec<JoinHandle<bool>>,
+    outputs: Vec<JoinHandle<Carried>>,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
     /// True once only what is there already is to be delivered.
     closing: watch::Sender<bool>,
@@ -186,10 +184,10 @@ impl Relay {
                         async move { log_end("stdin", from_host_to_pipe(socket, pipe).await) },
                     )
                 });
-                for (pipe, socket) in outputs {
+                for (pipe, host) in outputs {
                     let source = Source::pipe(pipe);
                     let closing = relay.closing.subscribe();
-                    relay.outputs.push(tokio::spawn(to_host(source, Some(socket), closing)));
+                    relay.outputs.push(tokio::spawn(to_host(source, host, closing)));
                 }
             }
             Ends::Terminal { input, output } => {
@@ -206,8 +204,9 @@ impl Relay {
                 });
                 // Read even if nobody wants it: a terminal that is not read from stops its writers.
                 let source = Source::terminal(Arc::clone(&master));
+                let host = output.map_or(Host::Gone, Host::Connected);
                 let closing = relay.closing.subscribe();
-                relay.outputs.push(tokio::spawn(to_host(source, output, closing)));
+                relay.outputs.push(tokio::spawn(to_host(source, host, closing)));
                 relay.terminal = Some(master);
             }
         }
@@ -228,22 +227,28 @@ impl Relay {
 
     /// For a process that has ended: waits until all of its output has been handed to the host.
     /// After [`DRAIN_LIMIT`] what is there by then is all. Returns whether the output came to its
-    /// end, and the host took all.
-    pub(crate) async fn drain(mut self) -> bool {
+    /// end, and the host took all; and what was never connected.
+    pub(crate) async fn drain(mut self) -> (bool, UnusedPorts) {
         if let Some(input) = self.input.take() {
             input.abort();
         }
         let outputs = std::mem::take(&mut self.outputs);
         let all = async {
-            let mut complete = true;
+            let (mut complete, mut unused) = (true, UnusedPorts::default());
+            // There are two at most.
+            let mut places = unused.iter_mut();
             for output in outputs {
-                complete &= output.await.unwrap_or(false);
+                let carried = output.await.unwrap_or_default();
+                complete &= carried.complete;
+                if let (Some(port), Some(place)) = (carried.unused, places.next()) {
+                    *place = port;
+                }
             }
-            complete
+            (complete, unused)
         };
         let mut all = std::pin::pin!(all);
         match tokio::time::timeout(DRAIN_LIMIT, &mut all).await {
-            Ok(complete) => complete,
+            Ok(drained) => drained,
             Err(_) => {
                 self.closing.send_replace(true);
                 all.await

@@ -14,6 +14,8 @@ use husk_proto::ports;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
@@ -45,6 +47,8 @@ pub(crate) struct Guest {
     process: Mutex<Child>,
     client: Option<Client>,
     next_port: AtomicU32,
+    /// What waits for the ends of processes.
+    follows: Mutex<JoinSet<()>>,
 }
 
 /// What a process gets.
@@ -65,10 +69,58 @@ pub(crate) struct Run {
 /// The host's ends of a process's streams.
 #[derive(Debug)]
 pub(crate) struct Streams {
-    stdin: Option<UnixStream>,
-    stdout: UnixStream,
-    stderr: Option<UnixStream>,
+    stdin: Option<Connection>,
+    stdout: Connection,
+    stderr: Option<Connection>,
     seen: Vec<u8>,
+    end: watch::Sender<Ended>,
+}
+
+/// Once the process has ended: the ports to which there will be no connection, or None for all.
+type Ended = Option<Option<Vec<u32>>>;
+
+/// One stream, which the agent connects when it pleases.
+#[derive(Debug)]
+struct Connection {
+    port: u32,
+    listener: UnixListener,
+    stream: Option<UnixStream>,
+    end: watch::Receiver<Ended>,
+}
+
+impl Connection {
+    /// The connection; None if there will be none.
+    async fn open(&mut self) -> Option<&mut UnixStream> {
+        if self.stream.is_none() {
+            let ended = async {
+                let ended = self.end.wait_for(Option::is_some).await;
+                let unused = ended.ok().and_then(|ended| ended.clone().flatten());
+                // One that is used was connected before the end was told.
+                if !unused.is_none_or(|unused| unused.contains(&self.port)) {
+                    std::future::pending::<()>().await;
+                }
+            };
+            self.stream = tokio::select! {
+                biased;
+                accepted = self.listener.accept() => Some(accepted.unwrap().0),
+                () = ended => None,
+            };
+        }
+        self.stream.as_mut()
+    }
+
+    async fn read(&mut self, buffer: &mut [u8]) -> usize {
+        match self.open().await {
+            Some(stream) => stream.read(buffer).await.unwrap(),
+            None => 0,
+        }
+    }
+
+    async fn read_to_end(&mut self, bytes: &mut Vec<u8>) {
+        if let Some(stream) = self.open().await {
+            stream.read_to_end(bytes).await.unwrap();
+        }
+    }
 }
 
 pub(crate) fn id(id: &str) -> wire::DeleteContainerRequest {
@@ -262,6 +314,7 @@ impl Guest {
             process: Mutex::new(process),
             client: Some(AgentClient::new(channel)),
             next_port: AtomicU32::new(ports::FIRST_STREAM),
+            follows: Mutex::default(),
         }
     }
 
@@ -296,29 +349,34 @@ impl Guest {
     }
 
     /// Listens for the streams that `options` asks for.
-    fn streams(&self, options: &Options) -> (wire::Stdio, impl Future<Output = Streams> + use<>) {
-        let input = (options.stdin.is_some() || options.terminal).then(|| self.listen());
-        let output = self.listen();
-        let error = (!options.terminal).then(|| self.listen());
-        let port = |l: &Option<(u32, UnixListener)>| l.as_ref().map_or(0, |(port, _)| *port);
+    fn streams(&self, options: &Options) -> (wire::Stdio, Streams) {
+        let end = watch::Sender::new(None);
+        let listen = || {
+            let (port, listener) = self.listen();
+            Connection { port, listener, stream: None, end: end.subscribe() }
+        };
+        let stdin = (options.stdin.is_some() || options.terminal).then(listen);
+        let stdout = listen();
+        let stderr = (!options.terminal).then(listen);
+        let port = |stream: &Option<Connection>| stream.as_ref().map_or(0, |stream| stream.port);
         let stdio = wire::Stdio {
-            stdin_port: port(&input),
-            stdout_port: output.0,
-            stderr_port: port(&error),
+            stdin_port: port(&stdin),
+            stdout_port: stdout.port,
+            stderr_port: port(&stderr),
         };
-        let accept = async move {
-            let accept = async |l: Option<(u32, UnixListener)>| match l {
-                Some((_, l)) => Some(l.accept().await.unwrap().0),
-                None => None,
-            };
-            Streams {
-                stdin: accept(input).await,
-                stdout: accept(Some(output)).await.unwrap(),
-                stderr: accept(error).await,
-                seen: Vec::new(),
-            }
-        };
-        (stdio, accept)
+        (stdio, Streams { stdin, stdout, stderr, seen: Vec::new(), end })
+    }
+
+    /// Has the streams of a process end with it that were not connected by then.
+    fn follow(&self, id: &str, exec: &str, streams: &Streams) {
+        let request = wire::WaitProcessRequest { container_id: id.into(), exec_id: exec.into() };
+        let (mut client, end) = (self.client(), streams.end.clone());
+        self.follows.lock().unwrap().spawn(async move {
+            let answer = client.wait_process(request).await;
+            // A container that was deleted, or an agent that is gone, connects nothing more.
+            let unused = answer.map(|answer| answer.into_inner().unused_ports);
+            end.send_replace(Some(unused.ok()));
+        });
     }
 
     pub(crate) async fn try_create(
@@ -326,22 +384,18 @@ impl Guest {
         id: &str,
         mut spec: Value,
         options: Options,
-    ) -> Result<(wire::CreateContainerResponse, Option<Streams>), Status> {
+    ) -> Result<(wire::CreateContainerResponse, Streams), Status> {
         spec["root"]["path"] = json!(format!("/run/husk/containers/{id}/rootfs"));
-        let (stdio, accept) = self.streams(&options);
-        let accept = tokio::spawn(accept);
+        let (stdio, streams) = self.streams(&options);
         let request = wire::CreateContainerRequest {
             id: id.into(),
             spec: serde_json::to_vec(&spec).unwrap(),
             rootfs: Some(wire::Rootfs { lower: vec!["base".into()], upper_on: "scratch".into() }),
             stdio: Some(stdio),
         };
-        let result = self.client().create_container(request).await;
-        if result.is_err() {
-            accept.abort();
-        }
-        let response = result?.into_inner();
-        Ok((response, accept.await.ok()))
+        let response = self.client().create_container(request).await?.into_inner();
+        self.follow(id, "", &streams);
+        Ok((response, streams))
     }
 
     pub(crate) async fn create(&self, id: &str, spec: Value, options: Options) -> Streams {
@@ -350,7 +404,7 @@ impl Guest {
             Some(create_container_response::Result::Pid(pid)) => assert!(pid > 1),
             other => panic!("{other:?}"),
         }
-        streams.unwrap()
+        streams
     }
 
     pub(crate) async fn create_failure(&self, id: &str, spec: Value) -> wire::StartFailure {
@@ -388,21 +442,17 @@ impl Guest {
         exec: &str,
         process: Value,
         options: Options,
-    ) -> Result<(wire::ExecProcessResponse, Option<Streams>), Status> {
-        let (stdio, accept) = self.streams(&options);
-        let accept = tokio::spawn(accept);
+    ) -> Result<(wire::ExecProcessResponse, Streams), Status> {
+        let (stdio, streams) = self.streams(&options);
         let request = wire::ExecProcessRequest {
             container_id: id.into(),
             exec_id: exec.into(),
             process: serde_json::to_vec(&process).unwrap(),
             stdio: Some(stdio),
         };
-        let result = self.client().exec_process(request).await;
-        if result.is_err() {
-            accept.abort();
-        }
-        let response = result?.into_inner();
-        Ok((response, accept.await.ok()))
+        let response = self.client().exec_process(request).await?.into_inner();
+        self.follow(id, exec, &streams);
+        Ok((response, streams))
     }
 
     pub(crate) async fn exec(&self, id: &str, exec: &str, process: Value) -> Result<Run, Status> {
@@ -423,7 +473,7 @@ impl Guest {
             Some(exec_process_response::Result::Pid(pid)) => assert!(pid > 1),
             other => panic!("{other:?}"),
         }
-        Ok(streams.unwrap())
+        Ok(streams)
     }
 
     pub(crate) async fn exec_failure(
@@ -485,6 +535,7 @@ impl Guest {
 
     /// Closes the control connection.
     pub(crate) fn hang_up(&mut self) {
+        self.follows.lock().unwrap().abort_all();
         self.client = None;
     }
 
@@ -582,7 +633,8 @@ impl Streams {
     pub(crate) async fn finish(mut self, stdin: Option<Vec<u8>>) -> (String, String) {
         let input = self.stdin.take();
         let feed = async move {
-            if let (Some(mut socket), Some(bytes)) = (input, stdin) {
+            if let (Some(mut input), Some(bytes)) = (input, stdin) {
+                let socket = input.open().await.expect("the input is connected");
                 socket.write_all(&bytes).await.unwrap();
                 socket.shutdown().await.unwrap();
             }
@@ -590,20 +642,18 @@ impl Streams {
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let stderr = self.stderr.take();
         let read_err = async {
-            if let Some(mut socket) = stderr {
-                socket.read_to_end(&mut err).await.unwrap();
+            if let Some(mut stderr) = stderr {
+                stderr.read_to_end(&mut err).await;
             }
         };
-        let all = async {
-            let (_, result, ()) = tokio::join!(feed, self.stdout.read_to_end(&mut out), read_err);
-            result.unwrap();
-        };
+        let all = async { tokio::join!(feed, self.stdout.read_to_end(&mut out), read_err) };
         tokio::time::timeout(LIMIT, all).await.expect("the output ended");
         (String::from_utf8(out).unwrap(), String::from_utf8(err).unwrap())
     }
 
     pub(crate) async fn write(&mut self, bytes: &[u8]) {
-        self.stdin.as_mut().unwrap().write_all(bytes).await.unwrap();
+        let input = self.stdin.as_mut().unwrap().open().await.expect("the input is connected");
+        input.write_all(bytes).await.unwrap();
     }
 
     /// Reads until the output contains `text`.
@@ -611,7 +661,7 @@ impl Streams {
         let read = async {
             while !String::from_utf8_lossy(&self.seen).contains(text) {
                 let mut buffer = [0; 256];
-                let count = self.stdout.read(&mut buffer).await.unwrap();
+                let count = self.stdout.read(&mut buffer).await;
                 assert!(count > 0, "{:?}", String::from_utf8_lossy(&self.seen));
                 self.seen.extend(&buffer[..count]);
             }
@@ -626,7 +676,7 @@ impl Streams {
 
     /// Everything that came on the standard output.
     pub(crate) async fn rest(mut self) -> String {
-        self.stdout.read_to_end(&mut self.seen).await.unwrap();
+        self.stdout.read_to_end(&mut self.seen).await;
         String::from_utf8_lossy(&self.seen).into_owned()
     }
 
@@ -635,7 +685,7 @@ impl Streams {
         let mut buffer = vec![0; 1 << 16];
         let mut total = 0;
         loop {
-            match self.stdout.read(&mut buffer).await.unwrap() {
+            match self.stdout.read(&mut buffer).await {
                 0 => return total,
                 count => total += count,
             }

@@ -177,8 +177,7 @@ fn output(
         let id = format!("output-{round}");
         runtime.block_on(async {
             let (streams, mut end) = pod.start_container(&id, &args).await?;
-            let Streams { stdin: _, stdout, stderr } = streams;
-            let mut stdout = stdout.connected().await?;
+            let Streams { stdin: _, mut stdout, stderr } = streams;
             let mut clock = Clock::default();
             let mut buffer = vec![0; 64 << 10];
             while clock.read(stdout.read(&mut buffer).await?) {}

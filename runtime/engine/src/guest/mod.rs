@@ -14,14 +14,13 @@ use std::time::Duration;
 use husk_proto::agent::agent_client::AgentClient;
 use husk_proto::agent::{self as proto, create_container_response};
 use husk_proto::ports;
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
 use tonic::Code;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 pub use kernel_log::KernelLog;
-pub use stdio::{Streams, Wanted};
+pub use stdio::{Output, Streams, Wanted};
 
+use crate::channel;
 use crate::vm::{Accept, Vm, VmError, VmExit};
 
 /// Largest answer of the agent, in bytes. Far above any that it gives.
@@ -155,7 +154,8 @@ impl Guest {
             Ok(Err(error)) => return Err(GuestError::Vm(error)),
             Err(_) => return Err(GuestError::NotReady { limit }),
         };
-        let client = AgentClient::new(channel(stream).await.map_err(GuestError::Connect)?)
+        let channel = channel::over(stream, channel::nameless()).await;
+        let client = AgentClient::new(channel.map_err(GuestError::Connect)?)
             .max_decoding_message_size(MAX_ANSWER);
         let next_port = Arc::new(AtomicU32::new(ports::FIRST_STREAM));
         Ok(Guest { vm, client, next_port })
@@ -196,19 +196,6 @@ impl Guest {
     }
 }
 
-/// Turns one connection into a gRPC channel. When it breaks there is no other.
-pub(crate) async fn channel(stream: UnixStream) -> Result<Channel, tonic::transport::Error> {
-    let mut stream = Some(stream);
-    let connector = tower::service_fn(move |_: http::Uri| {
-        let stream = stream.take().ok_or_else(|| {
-            std::io::Error::new(std::io::ErrorKind::NotConnected, "the connection is closed")
-        });
-        std::future::ready(stream.map(TokioIo::new))
-    });
-    // The name is never looked up.
-    Endpoint::from_static("http://husk.invalid").connect_with_connector(connector).await
-}
-
 /// Makes the request `$rpc` by the generated method `$method`.
 macro_rules! call {
     ($guest:expr, $method:ident, $rpc:literal, $request:expr) => {
@@ -225,6 +212,7 @@ mod check;
 mod control;
 mod kernel_log;
 mod process;
+mod task;
 mod tunnel;
 
 pub use process::{ProcessEnd, ProcessExit};

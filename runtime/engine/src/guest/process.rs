@@ -2,13 +2,15 @@
 //!
 //! Whoever starts a program waits for its end next. So that this costs no second journey to the
 //! guest and back, the question for the end goes out right behind the request to start: the agent
-//! answers it when there is an end to tell.
+//! answers it when there is an end to tell. The answer is taken when it comes, whether or not anybody
+//! waits for it then: it also says which of the outputs will never come.
 
 use std::pin::Pin;
 use std::time::{Duration, SystemTime};
 
 use husk_proto::agent::{self as proto, exec_process_response};
 
+use super::task::Task;
 use super::{Guest, GuestError, StartFailure, start_failure};
 
 /// How a process ended.
@@ -95,8 +97,20 @@ impl ProcessEnd {
                 started
             }
         };
-        Ok(started?.map(|started| (started, self)))
+        Ok(started?.map(|started| {
+            self.answer = self.answer.take().map(go_on);
+            (started, self)
+        }))
     }
+}
+
+/// Has a question be asked to its end whether or not it is waited for.
+fn go_on(answer: Answer) -> Answer {
+    let task = Task::spawn(answer);
+    Box::pin(async move {
+        let cut_off = GuestError::Nonsense { rpc: "WaitProcess", what: "the call was cut off" };
+        task.await.unwrap_or(Err(cut_off))
+    })
 }
 
 impl Guest {
@@ -165,9 +179,21 @@ impl Guest {
             container_id: container.to_owned(),
             exec_id: exec.unwrap_or_default().to_owned(),
         };
-        let proto::WaitProcessResponse { exit_code, signal, oom_killed, exited_at_ns } =
-            call!(self, wait_process, "WaitProcess", request)?;
+        let proto::WaitProcessResponse {
+            exit_code,
+            signal,
+            oom_killed,
+            exited_at_ns,
+            unused_ports,
+        } = call!(self, wait_process, "WaitProcess", request)?;
         let nonsense = |what| GuestError::Nonsense { rpc: "WaitProcess", what };
+        // Standard output and standard error.
+        if unused_ports.len() > 2 {
+            return Err(nonsense("more than two outputs without a connection"));
+        }
+        for port in unused_ports {
+            self.vm().withdraw(port);
+        }
         Ok(ProcessExit {
             exit_code: u8::try_from(exit_code).map_err(|_| nonsense("an exit code above 255"))?,
             signal: u8::try_from(signal).map_err(|_| nonsense("a signal above 255"))?,

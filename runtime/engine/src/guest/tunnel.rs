@@ -11,8 +11,8 @@ use husk_proto::agent::dial_response::Result as Wire;
 use husk_proto::agent::{self as proto, Connected};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
-use tokio::task::JoinHandle;
 
+use super::task::Task;
 use super::{Guest, GuestError, clean};
 use crate::probe::Dialer;
 
@@ -28,17 +28,7 @@ const MAX_TIMEOUT_MS: u64 = 24 * 3600 * 1000;
 pub struct Tunnel {
     stream: UnixStream,
     /// The agent carries bytes as long as its call is not given up.
-    _call: Option<Call>,
-}
-
-/// A call that is given up when this is dropped.
-#[derive(Debug)]
-struct Call(JoinHandle<Result<Result<(), String>, GuestError>>);
-
-impl Drop for Call {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
+    _call: Option<Task<Result<Result<(), String>, GuestError>>>,
 }
 
 impl Guest {
@@ -55,7 +45,7 @@ impl Guest {
     ) -> Result<Result<Tunnel, String>, GuestError> {
         let (stream_port, accept) = self.expect_stream();
         let (guest, request) = (self.clone(), request(address, port, stream_port, limit));
-        let mut call = Call(tokio::spawn(async move { guest.request_dial(request).await }));
+        let mut call = Task::spawn(async move { guest.request_dial(request).await });
         let mut connected = pin!(accept.connected());
         let answer = tokio::select! {
             biased;
@@ -63,7 +53,7 @@ impl Guest {
                 let stream = stream.map_err(GuestError::Vm)?;
                 return Ok(Ok(Tunnel { stream, _call: Some(call) }));
             }
-            answer = &mut call.0 => answer,
+            answer = &mut call => answer,
         };
         match answer {
             Ok(Ok(Err(why))) => Ok(Err(why)),
@@ -110,6 +100,7 @@ fn request(
     limit: Duration,
 ) -> proto::DialRequest {
     let timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).clamp(1, MAX_TIMEOUT_MS);
+    // The protocol's word for the pod's own address is none at all.
     let host = address.map(|address| address.to_string()).unwrap_or_default();
     proto::DialRequest { host, port: port.into(), stream_port, timeout_ms }
 }

@@ -15,7 +15,7 @@ use super::debug::Remover;
 use super::input::Input;
 use super::runtime::GuestRuntime;
 use crate::guest::{
-    Guest, GuestError, KernelLog, ProcessEnd, ProcessExit, StartFailure, Streams, Wanted,
+    Guest, GuestError, KernelLog, Output, ProcessEnd, ProcessExit, StartFailure, Streams, Wanted,
 };
 use crate::types::{ContainerSpec, PodSpec};
 use crate::vm::Accept;
@@ -94,15 +94,15 @@ pub struct ExecProcess {
     pub(super) debug: Option<Remover>,
 }
 
-/// The streams of a process, connected.
+/// The streams of a process that runs.
 #[derive(Debug)]
 pub struct ExecStreams {
     /// What is written there the process reads.
     pub stdin: Option<UnixStream>,
     /// What the process writes.
-    pub stdout: UnixStream,
+    pub stdout: Output,
     /// The same, without a terminal.
-    pub stderr: Option<UnixStream>,
+    pub stderr: Option<Output>,
 }
 
 impl PodAccess {
@@ -162,7 +162,7 @@ impl PodAccess {
         let id = format!("exec-{}", self.next_exec.fetch_add(1, Ordering::Relaxed));
         let (stdio, streams) = guest.expect_streams(wanted);
         match guest.exec_process(&container.name, &id, process, stdio).await? {
-            // The agent made the connections before it answered.
+            // The agent made the connection of the input before it answered.
             Ok(end) => {
                 let streams = connect(streams).await?;
                 let (container, id) = (container.name.clone(), Some(id));
@@ -344,15 +344,11 @@ impl ExecProcess {
 
 pub(super) async fn connect(streams: Streams) -> Result<ExecStreams, GuestError> {
     let Streams { stdin, stdout, stderr } = streams;
-    let connected = async |accept: Option<Accept>| match accept {
-        Some(accept) => accept.connected().await.map(Some).map_err(GuestError::Vm),
-        None => Ok(None),
+    let stdin = match stdin {
+        Some(accept) => Some(accept.connected().await.map_err(GuestError::Vm)?),
+        None => None,
     };
-    Ok(ExecStreams {
-        stdin: connected(stdin).await?,
-        stdout: stdout.connected().await.map_err(GuestError::Vm)?,
-        stderr: connected(stderr).await?,
-    })
+    Ok(ExecStreams { stdin, stdout, stderr })
 }
 
 /// The process of an exec, as the agent takes it.

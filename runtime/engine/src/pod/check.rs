@@ -8,11 +8,10 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use super::actor::{Answer, chain};
 use super::runtime::GuestRuntime;
 use super::state::ProbeKind;
-use crate::guest::{Guest, GuestError, Streams, Wanted, clean};
+use crate::guest::{Guest, GuestError, Output, Streams, Wanted, clean};
 use crate::oci;
 use crate::probe::{self, Question};
 use crate::types::{Check, ContainerSpec, Hook};
-use crate::vm::Accept;
 
 /// Most bytes of a command's output that go into a message.
 const MAX_OUTPUT: usize = 10 * 1024;
@@ -177,12 +176,10 @@ impl Drop for Killer {
 }
 
 /// Reads a stream to its end, and keeps its beginning.
-async fn read(accept: Option<Accept>) -> Vec<u8> {
+async fn read(output: Option<Output>) -> Vec<u8> {
     let mut kept = Vec::new();
-    let Some(accept) = accept else { return kept };
-    if let Ok(stream) = accept.connected().await
-        && let Err(error) = keep_beginning(stream, &mut kept).await
-    {
+    let Some(output) = output else { return kept };
+    if let Err(error) = keep_beginning(output, &mut kept).await {
         tracing::debug!(%error, "the output of a command broke off");
     }
     kept

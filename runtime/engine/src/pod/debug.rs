@@ -75,7 +75,7 @@ async fn start(
             return Ok(Err(failure));
         }
     };
-    // The agent made the connections before it answered.
+    // The agent made the connection of the input before it answered.
     let streams = connect(streams).await?;
     let process =
         ExecProcess { guest, container: id, id: None, end: end.into(), debug: Some(remover) };

@@ -190,18 +190,10 @@ impl GuestRuntime {
         let mut pumps = JoinSet::new();
         let Streams { stdin, stdout, stderr } = streams;
         let outputs = [(Some(stdout), Stream::Stdout), (stderr, Stream::Stderr)];
-        for (accept, stream) in outputs.into_iter().filter_map(|(a, stream)| Some((a?, stream))) {
+        for (from, stream) in outputs.into_iter().filter_map(|(o, stream)| Some((o?, stream))) {
             let (name, logs, ended) = (name.clone(), self.0.logs.clone(), ended.subscribe());
-            let tail = tail.cloned();
-            pumps.spawn(async move {
-                match connected(accept, ended.clone()).await {
-                    Some(from) => {
-                        let from = Tee::new(from, tail);
-                        logs::pump(from, (name, run), stream, logs, ended).await;
-                    }
-                    None => tracing::debug!(container = %name, ?stream, "a stream never came"),
-                }
-            });
+            let from = Tee::new(from, tail.cloned());
+            pumps.spawn(logs::pump(from, (name, run), stream, logs, ended));
         }
         if let Some(stdin) = stdin {
             let (queue, ended) = (self.0.inputs.open(name), ended.subscribe());

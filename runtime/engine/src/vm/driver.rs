@@ -215,7 +215,7 @@ fn handle(shared: &Shared, mut received: Received<Event>) -> Option<Exit> {
             match (waiter, stream) {
                 (Some(waiter), Ok(stream)) => {
                     // Interest was withdrawn: the connection is closed.
-                    drop(waiter.send(stream));
+                    drop(waiter.send(Some(stream)));
                 }
                 (None, _) => {
                     tracing::debug!(port, guest_port, "nobody expects this connection: closed");

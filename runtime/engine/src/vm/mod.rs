@@ -70,6 +70,12 @@ pub enum VmError {
     /// The VM has ended.
     #[error("the VM has ended: {0}")]
     Ended(Arc<VmExit>),
+    /// A connection that was waited for is not coming.
+    #[error("the guest does not connect to port {port}")]
+    NoConnection {
+        /// The host's port.
+        port: u32,
+    },
 }
 
 /// A disk of a VM: an open image.
@@ -173,7 +179,8 @@ impl std::fmt::Display for VmExit {
 #[derive(Debug, Default)]
 struct Shared {
     /// Who waits for the guest to connect to which host port.
-    accepts: Mutex<HashMap<u32, oneshot::Sender<UnixStream>>>,
+    /// Who waits for which port; told `None` if no connection will come.
+    accepts: Mutex<HashMap<u32, oneshot::Sender<Option<UnixStream>>>>,
     /// Who waits for counters, first come first served.
     counters: Mutex<VecDeque<oneshot::Sender<Counters>>>,
     /// When which phase was reached, in ns of `CLOCK_MONOTONIC`; each phase once.
@@ -252,6 +259,13 @@ impl Vm {
         Accept { port, connection, vm: self.clone() }
     }
 
+    /// Ends the wait for a connection of the guest to a port: it is known that none will come.
+    pub(crate) fn withdraw(&self, port: u32) {
+        let waiter = lock(&self.shared.accepts).remove(&port);
+        // Who has stopped waiting need not be told.
+        drop(waiter.map(|waiter| waiter.send(None)));
+    }
+
     /// When which phase of the start was reached, in ns of `CLOCK_MONOTONIC`.
     #[must_use]
     pub fn phases(&self) -> Vec<(Phase, u64)> {
@@ -300,7 +314,7 @@ impl Vm {
 #[derive(Debug)]
 pub struct Accept {
     port: u32,
-    connection: oneshot::Receiver<UnixStream>,
+    connection: oneshot::Receiver<Option<UnixStream>>,
     vm: Vm,
 }
 
@@ -308,14 +322,16 @@ impl Accept {
     /// Waits for the connection, without a limit: as long as the VM lives it can come.
     ///
     /// # Errors
-    /// [`VmError::Ended`].
+    /// [`VmError::Ended`]; [`VmError::NoConnection`] if none will come.
     pub async fn connected(mut self) -> Result<UnixStream, VmError> {
         let vm = self.vm.clone();
         tokio::select! {
             // A connection that has come is good even if the VM has ended since: it holds what
             // the guest had sent.
             biased;
-            Ok(stream) = &mut self.connection => Ok(stream),
+            Ok(stream) = &mut self.connection => {
+                stream.ok_or(VmError::NoConnection { port: self.port })
+            }
             exit = vm.exited() => Err(VmError::Ended(exit)),
         }
     }
