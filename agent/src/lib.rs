@@ -30,6 +30,7 @@ pub mod fuzzing;
 mod host;
 mod kmsg;
 mod log;
+mod net;
 mod pod;
 mod reaper;
 mod rpc;

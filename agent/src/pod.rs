@@ -84,8 +84,16 @@ pub(crate) fn check(request: &SetupPodRequest) -> Result<(), PodError> {
 /// [`PodError`]. What was made so far stays: the pod has failed, and its VM ends.
 pub(crate) async fn set_up(host: &Host, request: &SetupPodRequest) -> Result<PodInfo, PodError> {
     check(request)?;
-    let SetupPodRequest { hostname, filesystems, volumes, sysctls, realtime_ns, shm_size } =
-        request;
+    let SetupPodRequest {
+        hostname,
+        filesystems,
+        volumes,
+        sysctls,
+        realtime_ns,
+        shm_size,
+        hosts,
+        resolv_conf,
+    } = request;
     if *realtime_ns != 0 {
         set_clock(*realtime_ns).map_err(|source| PodError::Io { what: "set the clock", source })?;
     }
@@ -98,7 +106,8 @@ pub(crate) async fn set_up(host: &Host, request: &SetupPodRequest) -> Result<Pod
         storage::make_volume(volume)?;
     }
     storage::make_shm(*shm_size)?;
-    write_files(hostname)
+    let hosts = hosts.clone().unwrap_or_else(|| loopback_hosts(hostname));
+    write_files(hostname, &hosts, resolv_conf)
         .map_err(|source| PodError::Io { what: "write the pod's files", source })?;
     sysctl::apply(sysctls)?;
     Ok(PodInfo {
@@ -112,9 +121,9 @@ pub(crate) async fn set_up(host: &Host, request: &SetupPodRequest) -> Result<Pod
     })
 }
 
-/// The text of /etc/hosts of every container: what the kubelet writes, and the pod's own name. It
-/// resolves to the loopback address as long as the pod has no other.
-fn hosts(hostname: &str) -> String {
+/// The text of /etc/hosts of every container of a pod that has no network: what the kubelet writes,
+/// and the pod's own name, which resolves to the loopback address.
+fn loopback_hosts(hostname: &str) -> String {
     format!(
         "127.0.0.1\tlocalhost\n\
          ::1\tlocalhost ip6-localhost ip6-loopback\n\
@@ -126,14 +135,15 @@ fn hosts(hostname: &str) -> String {
 }
 
 /// Writes the files of the pod that containers bind over their own.
-fn write_files(hostname: &str) -> io::Result<()> {
+fn write_files(hostname: &str, hosts: &str, resolv_conf: &str) -> io::Result<()> {
     let directory = Path::new(guest::ETC);
     fs::create_dir_all(directory)?;
+    let own_name = format!("{hostname}\n");
     let files = [
-        ("hostname", format!("{hostname}\n")),
-        ("hosts", hosts(hostname)),
-        // No name server: the C libraries then ask the loopback address, where none answers.
-        ("resolv.conf", String::new()),
+        ("hostname", own_name.as_str()),
+        ("hosts", hosts),
+        // Without a name server the C libraries ask the loopback address, where none answers.
+        ("resolv.conf", resolv_conf),
     ];
     for (name, text) in files {
         let path = directory.join(name);
@@ -161,7 +171,7 @@ mod tests {
 
     #[test]
     fn the_pods_own_name_and_localhost_resolve() {
-        let text = hosts("web-0");
+        let text = loopback_hosts("web-0");
         assert!(
             text.contains("\n127.0.0.1\tweb-0\n") && text.starts_with("127.0.0.1\tlocalhost\n")
         );

@@ -29,6 +29,8 @@ mod limits;
 mod mounts;
 #[path = "runner/namespaces.rs"]
 mod namespaces;
+#[path = "runner/network.rs"]
+mod network;
 #[path = "runner/process.rs"]
 mod process;
 #[path = "runner/seccomp.rs"]

@@ -16,6 +16,7 @@ use tonic::Status;
 use crate::container::{ContainerError, Runner};
 use crate::dial::Dialer;
 use crate::host::Host;
+use crate::net::Network;
 use crate::pod::{self, PodInfo};
 use crate::reaper::Reaper;
 use crate::{chain, lock, storage};
@@ -52,6 +53,7 @@ pub(crate) struct Agent {
     host: Host,
     runner: Runner,
     dialer: Dialer,
+    network: Network,
     pod: Arc<Mutex<Pod>>,
     times: Arc<Mutex<Times>>,
     shutdown: Arc<Notify>,
@@ -68,6 +70,7 @@ impl Agent {
         Ok(Self {
             runner: Runner::new(host.transport(), reaper)?,
             dialer: Dialer::new(host.transport()),
+            network: Network::default(),
             host,
             pod: Arc::new(Mutex::new(Pod::New)),
             times: Arc::new(Mutex::new(Times { init_ns, ready_ns: 0 })),

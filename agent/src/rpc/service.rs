@@ -6,7 +6,7 @@ use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status};
 
 use super::Agent;
-use super::status::{container_status, copy_status, dial_status, volume_status};
+use super::status::{container_status, copy_status, dial_status, network_status, volume_status};
 use crate::container::StartFailure;
 use crate::container::copy::Direction;
 use crate::epoch_ns;
@@ -38,6 +38,14 @@ impl Service for Agent {
     ) -> Result<Response<wire::SetupPodResponse>, Status> {
         let agent = self.clone();
         to_the_end(async move { agent.set_up(request.into_inner()).await }).await
+    }
+
+    async fn update_network(
+        &self,
+        request: Request<wire::UpdateNetworkRequest>,
+    ) -> Result<Response<wire::UpdateNetworkResponse>, Status> {
+        self.network.update(&request.into_inner()).map_err(|e| network_status(&e))?;
+        Ok(Response::new(wire::UpdateNetworkResponse {}))
     }
 
     async fn create_container(

@@ -8,6 +8,7 @@ use crate::cgroup::{CgroupError, UpdateError};
 use crate::container::ContainerError;
 use crate::container::copy::CopyError;
 use crate::dial::DialError;
+use crate::net::NetError;
 use crate::pod::PodError;
 use crate::storage::StorageError;
 use crate::{chain, shorten};
@@ -70,6 +71,16 @@ pub(super) fn copy_status(error: &CopyError) -> Status {
         CopyError::NotFound { .. } => Code::NotFound,
         CopyError::NotADirectory(_) => Code::FailedPrecondition,
         CopyError::Failed(_) | CopyError::Killed => Code::Internal,
+    };
+    status(code, &chain(error))
+}
+
+/// The status of a network that was not updated.
+pub(super) fn network_status(error: &NetError) -> Status {
+    let code = match error {
+        NetError::Field(_) => Code::InvalidArgument,
+        NetError::NoInterface { .. } | NetError::NameTaken { .. } => Code::FailedPrecondition,
+        NetError::Kernel { .. } | NetError::Read(_) => Code::Internal,
     };
     status(code, &chain(error))
 }

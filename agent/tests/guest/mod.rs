@@ -210,6 +210,8 @@ pub(crate) fn setup_request(fs_group: Option<u32>) -> wire::SetupPodRequest {
         sysctls: [("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned())].into(),
         realtime_ns: 0,
         shm_size: 0,
+        hosts: None,
+        resolv_conf: String::new(),
     }
 }
 

@@ -121,6 +121,13 @@ impl Agent for Fake {
         Ok(Response::new(proto::SetupPodResponse { kernel_release, init_ns: 1, ready_ns: 2 }))
     }
 
+    async fn update_network(
+        &self,
+        _: Request<proto::UpdateNetworkRequest>,
+    ) -> Answer<proto::UpdateNetworkResponse> {
+        Ok(Response::new(proto::UpdateNetworkResponse {}))
+    }
+
     async fn create_container(
         &self,
         request: Request<proto::CreateContainerRequest>,

@@ -231,6 +231,8 @@ fn setup_request(spec: &PodSpec, layout: &Layout) -> proto::SetupPodRequest {
         sysctls: spec.sysctls.clone().into_iter().collect(),
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
         shm_size: 0,
+        hosts: None,
+        resolv_conf: String::new(),
     }
 }
 
