@@ -204,6 +204,8 @@ impl Agent for Fake {
             signal: u32::try_from(signal).unwrap(),
             oom_killed: false,
             exited_at_ns: u64::try_from(since_epoch.as_nanos()).unwrap(),
+            // It connects all of them.
+            unused_ports: Vec::new(),
         }))
     }
 
