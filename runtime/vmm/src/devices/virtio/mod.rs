@@ -16,6 +16,7 @@ pub mod chain;
 pub mod console;
 pub mod mmio;
 pub mod rng;
+pub mod timer;
 pub mod vsock;
 pub mod worker;
 

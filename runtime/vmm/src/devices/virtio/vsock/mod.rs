@@ -25,15 +25,10 @@ mod sockets;
 mod state;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rustix::io::Errno;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_settime,
-};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::host::{ConnectError, HostBusy, HostSink, MAX_WAITING_CONNECTS, VsockHandle};
@@ -42,6 +37,7 @@ pub use self::mux::Mux;
 pub use self::packet::Header;
 use self::packet::{HEADER_LEN, MAX_PAYLOAD};
 use super::chain::{Chain, GuestFault, Progress, SERVE_BUDGET, Virtqueue};
+use super::timer::Timer;
 use super::worker::{Handler, Poller, Readiness, Worker, WorkerError, as_fd};
 use super::{ActivateError, Activation, RING_FEATURES, VirtioDevice};
 
@@ -118,7 +114,7 @@ impl VirtioDevice for Vsock {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let failed = |what| move |source| ActivateError::Host { what, source };
         let ([rx, tx, event], wiring) = activation.split()?;
-        let timer = timer().map_err(failed("a timer"))?;
+        let timer = Timer::new().map_err(failed("a timer"))?;
         let mux = Mux::new(self.guest_cid).map_err(failed("an epoll instance"))?;
         let handler = VsockHandler {
             rx,
@@ -128,7 +124,6 @@ impl VirtioDevice for Vsock {
             link: self.link.clone(),
             doorbell: self.doorbell.clone(),
             timer,
-            armed: None,
             tx_waits: false,
             packet: vec![0; MAX_PACKET].into_boxed_slice(),
         };
@@ -152,9 +147,7 @@ struct VsockHandler {
     mux: Mux,
     link: Arc<Mutex<HostLink>>,
     doorbell: Arc<EventFd>,
-    timer: OwnedFd,
-    /// For when the timer is set.
-    armed: Option<Instant>,
+    timer: Timer,
     /// Packets may wait in the transmit queue.
     tx_waits: bool,
     /// The guest's packet, copied once, so that it cannot change while it is looked at.
@@ -193,8 +186,7 @@ impl Handler for VsockHandler {
             DOORBELL => self.take_requests(now)?,
             _ => {
                 // Only to make it silent: what is due is found by the clock.
-                read_counter(self.timer.as_fd())?;
-                self.armed = None;
+                self.timer.acknowledge()?;
                 self.mux.expire(lock(&self.link).sink.as_mut(), now);
             }
         }
@@ -282,21 +274,10 @@ impl VsockHandler {
     }
 
     fn arm_timer(&mut self, now: Instant) -> Result<(), WorkerError> {
-        let Some(deadline) = self.mux.next_deadline() else { return Ok(()) };
-        if self.armed == Some(deadline) {
-            return Ok(());
+        match self.mux.next_deadline() {
+            Some(deadline) => self.timer.arm(deadline, now),
+            None => Ok(()),
         }
-        // Zero would disarm it.
-        let wait = deadline.saturating_duration_since(now).max(Duration::from_nanos(1));
-        let value = Timespec::try_from(wait).map_err(|error| WorkerError::Host {
-            what: "set a timer",
-            source: io::Error::other(error),
-        })?;
-        let once = Itimerspec { it_interval: Timespec::default(), it_value: value };
-        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)
-            .map_err(|errno| host("set a timer")(errno.into()))?;
-        self.armed = Some(deadline);
-        Ok(())
     }
 }
 
@@ -331,18 +312,6 @@ fn lock(link: &Mutex<HostLink>) -> MutexGuard<'_, HostLink> {
 
 fn host(what: &'static str) -> impl FnOnce(io::Error) -> WorkerError {
     move |source| WorkerError::Host { what, source }
-}
-
-fn timer() -> io::Result<OwnedFd> {
-    let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-    Ok(timerfd_create(TimerfdClockId::Monotonic, flags)?)
-}
-
-fn read_counter(timer: impl AsFd) -> Result<(), WorkerError> {
-    match rustix::io::read(timer, &mut [0_u8; 8]) {
-        Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Ok(()),
-        Err(errno) => Err(WorkerError::Host { what: "read a timer", source: errno.into() }),
-    }
 }
 
 #[cfg(test)]

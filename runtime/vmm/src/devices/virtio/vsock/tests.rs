@@ -1,5 +1,7 @@
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 
