@@ -9,15 +9,17 @@
 //! descriptor: a device would take half a chain for a whole one. Here it is a [`GuestFault`].
 
 mod buffers;
+mod held;
 mod walk;
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use self::buffers::{Buffers, Segment};
-pub use self::buffers::{Readable, Writable};
+pub use self::buffers::{IoVec, Readable, Writable};
+pub use self::held::BufferQueue;
 use self::walk::{Layout, Table, walk};
 use super::{F_INDIRECT_DESC, Interrupt};
 use crate::GuestMemory;
@@ -33,6 +35,15 @@ pub const SERVE_BUDGET: usize = 64;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (virtio 1.2, 2.7.6).
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// Where a ring's index is, after the flags (virtio 1.2, 2.7.6, 2.7.8).
+const RING_INDEX: u64 = 2;
+/// Where the rings' elements begin, after flags and index (virtio 1.2, 2.7.6, 2.7.8).
+const RING_HEADER_LEN: u64 = 4;
+/// Size of an element of the available ring: the head of a chain.
+const AVAIL_ELEMENT_LEN: u64 = 2;
+/// Size of an element of the used ring: the head of a chain and the length written.
+const USED_ELEMENT_LEN: u64 = 8;
 
 /// The guest broke the protocol of a queue. The device then needs a reset; the host is well.
 #[derive(Debug, thiserror::Error)]
@@ -141,8 +152,8 @@ pub struct Virtqueue {
     queue: Queue,
     interrupt: Interrupt,
     indirect: bool,
-    /// Whether chains were completed since the driver was last told.
-    completed: bool,
+    /// The used index as of when it was last decided whether to interrupt the driver.
+    decided: u16,
     /// Of the chain that is out; kept so that popping does not allocate.
     segments: Vec<Segment>,
 }
@@ -152,7 +163,8 @@ impl Virtqueue {
     #[must_use]
     pub fn new(memory: GuestMemory, queue: Queue, interrupt: Interrupt, features: u64) -> Self {
         let indirect = features & F_INDIRECT_DESC != 0;
-        Virtqueue { memory, queue, interrupt, indirect, completed: false, segments: Vec::new() }
+        let decided = queue.next_used();
+        Virtqueue { memory, queue, interrupt, indirect, decided, segments: Vec::new() }
     }
 
     /// Handles the available chains with `handle` until there are none, or [`SERVE_BUDGET`] of them.
@@ -211,25 +223,37 @@ impl Virtqueue {
     /// Interrupts the driver if chains were completed since the last call and it wants to know.
     ///
     /// # Errors
-    /// [`GuestFault::Rings`] or [`GuestFault::Memory`].
+    /// [`GuestFault::Memory`].
     pub fn notify(&mut self) -> Result<(), GuestFault> {
-        if !std::mem::take(&mut self.completed) {
+        let (before, now) = (self.decided, self.queue.next_used());
+        if before == now {
             return Ok(());
         }
-        // Also where the answer comes from the flags: it contains the fence that orders our writes
-        // to the used ring before our reading of what the driver wants (virtio 1.2, 2.7.7.2).
-        let mut wanted = self.queue.needs_notification(&self.memory).map_err(GuestFault::Rings)?;
-        if !self.queue.event_idx_enabled() {
-            let flags: u16 = self
-                .memory
-                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-                .map_err(GuestFault::Memory)?;
-            wanted = u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0;
-        }
+        self.decided = now;
+        // Our writes to the used ring come before our reading of what the driver wants, or both sides
+        // could miss each other (virtio 1.2, 2.7.7.2).
+        fence(Ordering::SeqCst);
+        let wanted = if self.queue.event_idx_enabled() {
+            // Whether the index passed `used_event` (2.7.10.1). The crate's answer counts only what
+            // went through its `add_used`.
+            let elements = u64::from(self.queue.size()).saturating_mul(AVAIL_ELEMENT_LEN);
+            let event = self.driver_area(RING_HEADER_LEN.saturating_add(elements))?;
+            now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before)
+        } else {
+            self.driver_area(0)? & AVAIL_F_NO_INTERRUPT == 0
+        };
         if wanted {
             self.interrupt.signal_used();
         }
         Ok(())
+    }
+
+    /// The 16 bits at `offset` of the driver area.
+    fn driver_area(&self, offset: u64) -> Result<u16, GuestFault> {
+        let address = GuestAddress(self.queue.avail_ring().saturating_add(offset));
+        let value: u16 =
+            self.memory.load(address, Ordering::Relaxed).map_err(GuestFault::Memory)?;
+        Ok(u16::from_le(value))
     }
 
     fn next_head(&mut self) -> Result<Option<u16>, GuestFault> {
@@ -254,13 +278,33 @@ impl Virtqueue {
 
     /// Puts a chain into the used ring.
     fn give_back(&mut self, head: u16, len: u32) -> Result<(), GuestFault> {
-        self.completed = true;
         self.queue.add_used(&self.memory, head, len).map_err(GuestFault::Rings)
+    }
+
+    /// Puts a chain into the used ring without telling; [`Virtqueue::publish_used`] tells of all. So
+    /// that the driver sees several chains at once or none of them.
+    fn stage_used(&mut self, head: u16, len: u32) -> Result<(), GuestFault> {
+        let slot = self.queue.next_used();
+        let index = u64::from(slot.checked_rem(self.queue.size()).unwrap_or(0));
+        let offset = index.saturating_mul(USED_ELEMENT_LEN).saturating_add(RING_HEADER_LEN);
+        let address = GuestAddress(self.queue.used_ring().saturating_add(offset));
+        let element = u64::from(head) | (u64::from(len) << 32);
+        self.memory.write_obj(element.to_le(), address).map_err(GuestFault::Memory)?;
+        self.queue.set_next_used(slot.wrapping_add(1));
+        Ok(())
+    }
+
+    /// Moves the used ring's index over what was staged.
+    fn publish_used(&mut self) -> Result<(), GuestFault> {
+        let address = GuestAddress(self.queue.used_ring().saturating_add(RING_INDEX));
+        let index = self.queue.next_used().to_le();
+        self.memory.store(index, address, Ordering::Release).map_err(GuestFault::Memory)
     }
 }
 
 /// A descriptor chain that was popped from its queue: checked as a whole, and given back to the
-/// driver exactly once, by [`Chain::complete`] or by being dropped.
+/// driver exactly once, by [`Chain::complete`] or by being dropped. (Or not popped after all, by
+/// [`Chain::put_back`].)
 ///
 /// A dropped chain is given back with length 0. That is always true (the length promises how many
 /// bytes at the front of the writable part hold an answer; none is a valid promise), and leaves the
@@ -299,6 +343,12 @@ impl Chain<'_> {
     /// [`GuestFault::Rings`].
     pub fn complete(mut self, written: u32) -> Result<(), GuestFault> {
         self.give_back(written.min(self.layout.writable_len))
+    }
+
+    /// Puts the chain back as if it had not been popped: it is the next one again.
+    pub fn put_back(mut self) {
+        self.completed = true;
+        self.queue.queue.go_to_previous_position();
     }
 
     fn give_back(&mut self, written: u32) -> Result<(), GuestFault> {

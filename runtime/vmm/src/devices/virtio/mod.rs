@@ -55,6 +55,12 @@ pub trait VirtioDevice: Send {
     /// The most entries that each queue may have; its length is the number of queues.
     fn queue_max_sizes(&self) -> &'static [u16];
 
+    /// How many of the queues, from the first on, a driver that negotiated `features` has to enable.
+    fn queues_in_use(&self, features: u64) -> usize {
+        let _ = features;
+        self.queue_max_sizes().len()
+    }
+
     /// Device feature bits on offer, without `VIRTIO_F_VERSION_1`, which the transport adds.
     fn features(&self) -> u64;
 
@@ -80,8 +86,8 @@ pub trait VirtioDevice: Send {
 pub struct Activation {
     /// The guest's memory.
     pub memory: GuestMemory,
-    /// The device's queues, all of them enabled and valid, in the order of
-    /// [`VirtioDevice::queue_max_sizes`], each with the eventfd by which the guest kicks it.
+    /// The device's queues, [`VirtioDevice::queues_in_use`] of them, all enabled and valid, in the
+    /// order of [`VirtioDevice::queue_max_sizes`], each with the eventfd by which the guest kicks it.
     pub queues: Vec<ActiveQueue>,
     /// How to interrupt the guest.
     pub interrupt: Interrupt,
@@ -108,17 +114,24 @@ impl Activation {
     /// # Errors
     /// [`ActivateError::QueueNotReady`] if there are not exactly `N` queues.
     pub fn split<const N: usize>(self) -> Result<([Virtqueue; N], Wiring), ActivateError> {
-        let Activation { memory, queues, interrupt, features, reporter } = self;
-        let mut kicks = Vec::with_capacity(N);
-        let mut virtqueues = Vec::with_capacity(N);
-        for ActiveQueue { queue, kick } in queues {
-            kicks.push(kick);
-            virtqueues.push(Virtqueue::new(memory.clone(), queue, interrupt.clone(), features));
-        }
+        let (virtqueues, wiring) = self.split_all();
         let virtqueues = virtqueues
             .try_into()
             .map_err(|got: Vec<Virtqueue>| ActivateError::QueueNotReady { queue: got.len() })?;
-        Ok((virtqueues, Wiring { kicks, interrupt, reporter }))
+        Ok((virtqueues, wiring))
+    }
+
+    /// As [`Activation::split`], for a device whose number of queues is configured.
+    #[must_use]
+    pub fn split_all(self) -> (Vec<Virtqueue>, Wiring) {
+        let Activation { memory, queues, interrupt, features, reporter } = self;
+        let (virtqueues, kicks) = queues
+            .into_iter()
+            .map(|ActiveQueue { queue, kick }| {
+                (Virtqueue::new(memory.clone(), queue, interrupt.clone(), features), kick)
+            })
+            .unzip();
+        (virtqueues, Wiring { kicks, interrupt, reporter })
     }
 }
 

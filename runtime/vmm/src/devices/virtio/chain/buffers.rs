@@ -1,5 +1,7 @@
 //! Access to the bytes of a chain, bounded by its length, however it is cut into buffers.
 
+use std::marker::PhantomData;
+
 use vm_memory::{Address, ByteValued, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::GuestFault;
@@ -10,6 +12,67 @@ use crate::GuestMemory;
 pub(super) struct Segment {
     pub(super) address: GuestAddress,
     pub(super) len: u32,
+}
+
+/// A piece of guest memory in the form that vectored system calls take: `struct iovec` and nothing
+/// else. The memory stays mapped for `'m`; the guest may change it at any time. Or memory of our own,
+/// borrowed mutably for `'m`.
+#[derive(Debug)]
+#[repr(transparent)]
+pub struct IoVec<'m> {
+    raw: libc::iovec,
+    memory: PhantomData<&'m GuestMemory>,
+}
+
+// SAFETY: an address in guest memory, which every thread may access: nobody has a reference to it.
+unsafe impl Send for IoVec<'_> {}
+
+impl<'m> IoVec<'m> {
+    fn new(slice: &VolatileSlice<'m>) -> Self {
+        let iov_base = slice.ptr_guard_mut().as_ptr().cast();
+        IoVec { raw: libc::iovec { iov_base, iov_len: slice.len() }, memory: PhantomData }
+    }
+
+    /// Memory of our own, for what has no place in the guest's.
+    #[must_use]
+    pub fn of(bytes: &'m mut [u8]) -> Self {
+        let raw = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        IoVec { raw, memory: PhantomData }
+    }
+
+    /// The same piece, for a shorter time.
+    #[must_use]
+    pub fn again(&self) -> IoVec<'_> {
+        IoVec { raw: self.raw, memory: PhantomData }
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.raw.iov_len
+    }
+
+    /// Whether there is no byte.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.raw.iov_len == 0
+    }
+
+    /// The memory, for access by the VMM itself.
+    #[must_use]
+    pub fn as_volatile_slice(&self) -> VolatileSlice<'_> {
+        // SAFETY: by construction this is memory that stays mapped for 'm, which outlives the borrow,
+        // and that nobody has a reference to.
+        unsafe { VolatileSlice::new(self.raw.iov_base.cast(), self.raw.iov_len) }
+    }
+
+    /// The same piece, without the lifetime.
+    ///
+    /// # Safety
+    /// It must not be used after the memory is unmapped: the caller keeps the [`GuestMemory`] as long.
+    pub(super) unsafe fn detach(self) -> IoVec<'static> {
+        IoVec { raw: self.raw, memory: PhantomData }
+    }
 }
 
 /// A part of a chain. Every segment lies in guest memory and their lengths add up to `len`.
@@ -25,6 +88,12 @@ pub(super) struct Buffers<'a> {
 impl<'a> Buffers<'a> {
     fn too_short(&self, offset: u32, len: usize) -> GuestFault {
         GuestFault::TooShort { what: self.what, offset, len, have: self.len }
+    }
+
+    /// Calls `each` with all pieces, in order.
+    fn all(&self, each: impl FnMut(VolatileSlice<'a>)) -> Result<(), GuestFault> {
+        let len = usize::try_from(self.len).map_err(|_| self.too_short(0, usize::MAX))?;
+        self.for_each(0, len, each)
     }
 
     /// Calls `each` with the pieces of `len` bytes at `offset`, in order.
@@ -126,6 +195,14 @@ impl<'a> Readable<'a> {
         let count = usize::try_from(len).map_err(|_| self.0.too_short(offset, usize::MAX))?;
         self.0.for_each(offset, count, |slice| slices.push(slice))
     }
+
+    /// All of it, for a vectored system call that reads from it. Appended to `iovecs`.
+    ///
+    /// # Errors
+    /// [`GuestFault::Memory`].
+    pub fn iovecs(&self, iovecs: &mut Vec<IoVec<'a>>) -> Result<(), GuestFault> {
+        self.0.all(|slice| iovecs.push(IoVec::new(&slice)))
+    }
 }
 
 /// The device-writable part of a chain.
@@ -175,5 +252,17 @@ impl<'a> Writable<'a> {
     ) -> Result<(), GuestFault> {
         let count = usize::try_from(len).map_err(|_| self.0.too_short(offset, usize::MAX))?;
         self.0.for_each(offset, count, |slice| slices.push(slice))
+    }
+
+    /// All of it, for a vectored system call that writes to it. Appended to `iovecs`.
+    ///
+    /// # Safety
+    /// As of [`IoVec::detach`].
+    pub(super) unsafe fn detached_iovecs(
+        &self,
+        iovecs: &mut Vec<IoVec<'static>>,
+    ) -> Result<(), GuestFault> {
+        // SAFETY: the caller promises it.
+        self.0.all(|slice| iovecs.push(unsafe { IoVec::new(&slice).detach() }))
     }
 }

@@ -300,7 +300,8 @@ impl MmioTransport {
     fn activate(&mut self) -> Result<(), ActivateError> {
         let features = self.driver_features;
         let mut queues = Vec::with_capacity(self.queues.len());
-        for (index, (setup, kick)) in self.queues.iter().zip(&self.kicks).enumerate() {
+        let in_use = self.device.queues_in_use(features);
+        for (index, (setup, kick)) in self.queues.iter().zip(&self.kicks).take(in_use).enumerate() {
             let queue = setup
                 .queue(features & F_EVENT_IDX != 0)
                 .ok_or(ActivateError::QueueNotReady { queue: index })?;

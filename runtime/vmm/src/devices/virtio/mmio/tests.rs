@@ -13,6 +13,8 @@ use super::*;
 use crate::machine::report::channel;
 
 const FEATURE: u64 = 1 << 5;
+/// With it the device needs its first queue only.
+const FEWER_QUEUES: u64 = 1 << 7;
 const NEGOTIATED: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
 const LIVE: u32 = NEGOTIATED | DRIVER_OK;
 
@@ -37,8 +39,12 @@ impl VirtioDevice for Fake {
         &[16, 8]
     }
 
+    fn queues_in_use(&self, features: u64) -> usize {
+        if features & FEWER_QUEUES != 0 { 1 } else { 2 }
+    }
+
     fn features(&self) -> u64 {
-        RING_FEATURES | FEATURE
+        RING_FEATURES | FEATURE | FEWER_QUEUES
     }
 
     fn config(&self) -> &[u8] {
@@ -140,7 +146,10 @@ fn the_identity_registers_say_what_it_is() {
 #[test]
 fn features_are_read_by_halves_and_include_version_1() {
     let mut guest = Guest::new();
-    assert_eq!(guest.read(register::DEVICE_FEATURES), (RING_FEATURES | FEATURE) as u32);
+    assert_eq!(
+        guest.read(register::DEVICE_FEATURES),
+        (RING_FEATURES | FEATURE | FEWER_QUEUES) as u32
+    );
     guest.write(register::DEVICE_FEATURES_SEL, 1);
     assert_eq!(guest.read(register::DEVICE_FEATURES), 1);
     guest.write(register::DEVICE_FEATURES_SEL, 2);
@@ -220,6 +229,16 @@ fn queue_registers_are_dead_before_features_ok_and_after_driver_ok() {
     }
     assert_eq!(guest.transport.queues, before);
     assert!(guest.is_active());
+}
+
+#[test]
+fn queues_that_the_features_make_useless_need_not_be_enabled() {
+    let mut guest = Guest::new();
+    guest.negotiate(F_VERSION_1 | FEWER_QUEUES);
+    guest.set_up_queue(0, 16);
+    guest.write(register::STATUS, LIVE);
+    assert_eq!(guest.status(), LIVE);
+    assert_eq!(guest.held.lock().unwrap().as_ref().unwrap().queues.len(), 1);
 }
 
 #[test]
