@@ -24,6 +24,21 @@ pub const MAX_DISKS: usize = 40;
 /// Longest virtio-blk serial, in bytes (virtio 1.2, 5.2.6: `VIRTIO_BLK_ID_BYTES`).
 pub const MAX_SERIAL_LEN: usize = 20;
 
+/// Most NICs that a VM may have.
+pub const MAX_NICS: usize = 8;
+
+/// Most queue pairs that a NIC may have.
+pub const MAX_QUEUE_PAIRS: usize = 8;
+
+// A boot takes all of them along, beside /dev/kvm, kernel, initramfs and console.
+const _: () = assert!(MAX_DISKS + MAX_NICS * MAX_QUEUE_PAIRS + 4 <= crate::MAX_FDS);
+
+/// Least MTU of a NIC, in bytes (RFC 791).
+pub const MIN_MTU: u16 = 68;
+
+/// Most MTU of a NIC, in bytes.
+pub const MAX_MTU: u16 = 9000;
+
 /// The context ID by which the guest reaches the host (`VMADDR_CID_HOST`).
 pub const HOST_CID: u64 = 2;
 
@@ -51,6 +66,8 @@ pub struct VmConfig {
     pub serial_console: bool,
     /// virtio-blk disks, in the order in which the guest finds them (`vda`, `vdb`, ...).
     pub disks: Vec<DiskConfig>,
+    /// virtio-net NICs, in the order in which the guest finds them (`eth0`, `eth1`, ...).
+    pub nics: Vec<NicConfig>,
     /// The guest's vsock device, if it has one.
     pub vsock: Option<VsockConfig>,
 }
@@ -71,6 +88,47 @@ pub struct DiskConfig {
     pub fd: FdIndex,
     /// Whether the guest may write.
     pub read_only: bool,
+}
+
+/// One virtio-net NIC.
+///
+/// Its taps are made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and with `IFF_MULTI_QUEUE` where there
+/// is more than one of them. What the guest negotiates, the VMM sets by `TUNSETOFFLOAD`,
+/// `TUNSETVNETHDRSZ` and `TUNSETQUEUE`, and it makes the descriptors non-blocking.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NicConfig {
+    /// The guest's address: unicast, not zero, unique in the VM. By it the guest knows the NIC.
+    pub mac: [u8; 6],
+    /// Longest payload of a frame, in bytes: [`MIN_MTU`] to [`MAX_MTU`].
+    pub mtu: u16,
+    /// One descriptor of the tap for each queue pair: 1 to [`MAX_QUEUE_PAIRS`].
+    pub taps: Vec<FdIndex>,
+    /// Limits of what the guest receives, for all queue pairs together.
+    pub rx_limit: RateLimit,
+    /// Limits of what the guest transmits, for all queue pairs together.
+    pub tx_limit: RateLimit,
+}
+
+/// Limits of one direction of a device. The default is none.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Of bytes.
+    pub bytes: Option<TokenBucketConfig>,
+    /// Of operations: of a NIC, packets (with segmentation offload up to 64 KiB each).
+    pub operations: Option<TokenBucketConfig>,
+}
+
+/// A token bucket, full at the start. A transfer needs one token to begin and takes as many as it is
+/// large, if need be on credit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucketConfig {
+    /// Most tokens in it, at least 1.
+    pub burst: u64,
+    /// Tokens that it gets each second, at least 1.
+    pub refill_per_second: u64,
 }
 
 /// The vsock device.
@@ -240,7 +298,7 @@ pub struct Counters {
     /// vCPU exits to user space by kind: `io_in`, `io_out`, `mmio_read`, `mmio_write`, `hlt`,
     /// `interrupted`, ...
     pub exits: BTreeMap<String, u64>,
-    /// Per device, by its name (`rng`, `console`, `vsock`, `blk:SERIAL`).
+    /// Per device, by its name (`rng`, `console`, `vsock`, `blk:SERIAL`, `net:POSITION`).
     pub devices: BTreeMap<String, DeviceCounts>,
     /// When each phase was reached, in ns of `CLOCK_MONOTONIC`.
     pub phases_ns: BTreeMap<Phase, u64>,
@@ -256,8 +314,16 @@ pub struct DeviceCounts {
     pub kicks: u64,
     /// Interrupts to the guest.
     pub interrupts: u64,
-    /// Bytes from the device to the guest.
+    /// Bytes from the device to the guest. Of a NIC with a header of 12 bytes for each packet.
     pub bytes_to_guest: u64,
-    /// Bytes from the guest to the device.
+    /// Bytes from the guest to the device. Of a NIC with a header of 12 bytes for each packet.
     pub bytes_from_guest: u64,
+    /// Packets that the guest received. Only NICs have packets.
+    pub packets_to_guest: u64,
+    /// Packets that the guest transmitted.
+    pub packets_from_guest: u64,
+    /// Packets for the guest for which its buffers were too short.
+    pub drops_to_guest: u64,
+    /// Packets of the guest that are malformed, or that the host refused.
+    pub drops_from_guest: u64,
 }

@@ -11,6 +11,10 @@ pub struct DeviceCounters {
     interrupts: AtomicU64,
     bytes_to_guest: AtomicU64,
     bytes_from_guest: AtomicU64,
+    packets_to_guest: AtomicU64,
+    packets_from_guest: AtomicU64,
+    drops_to_guest: AtomicU64,
+    drops_from_guest: AtomicU64,
 }
 
 impl DeviceCounters {
@@ -34,6 +38,26 @@ impl DeviceCounters {
         self.bytes_from_guest.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// The guest received a packet.
+    pub fn count_packet_to_guest(&self) {
+        self.packets_to_guest.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The guest transmitted a packet.
+    pub fn count_packet_from_guest(&self) {
+        self.packets_from_guest.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A packet for the guest was dropped.
+    pub fn count_drop_to_guest(&self) {
+        self.drops_to_guest.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A packet of the guest was dropped.
+    pub fn count_drop_from_guest(&self) {
+        self.drops_from_guest.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// The counts now.
     #[must_use]
     pub fn snapshot(&self) -> DeviceCounts {
@@ -42,6 +66,10 @@ impl DeviceCounters {
             interrupts: self.interrupts.load(Ordering::Relaxed),
             bytes_to_guest: self.bytes_to_guest.load(Ordering::Relaxed),
             bytes_from_guest: self.bytes_from_guest.load(Ordering::Relaxed),
+            packets_to_guest: self.packets_to_guest.load(Ordering::Relaxed),
+            packets_from_guest: self.packets_from_guest.load(Ordering::Relaxed),
+            drops_to_guest: self.drops_to_guest.load(Ordering::Relaxed),
+            drops_from_guest: self.drops_from_guest.load(Ordering::Relaxed),
         }
     }
 }

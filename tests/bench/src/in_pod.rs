@@ -364,6 +364,7 @@ impl RunningPod {
             initramfs: fs::File::open(&paths.initramfs)?.into(),
             console: tempfile::tempfile()?.into(),
             disks: layout.open(&paths)?,
+            nics: Vec::new(),
         });
         let guest = Guest::connect(vm, agent, PATIENCE).await?;
         let request = proto::SetupPodRequest {

@@ -42,6 +42,7 @@ impl Vm {
             console: None,
             serial_console: false,
             disks: Vec::new(),
+            nics: Vec::new(),
             vsock: Some(VsockConfig { guest_cid: 3 }),
         };
         Ok(Vm { config, fds: vec![kvm.into(), kernel.into()] })

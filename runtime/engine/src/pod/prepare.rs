@@ -183,6 +183,7 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         initramfs,
         console,
         disks,
+        nics: Vec::new(),
     });
     let limit = start_limit(options.start_timeout, spec.vm.memory_mib);
     let guest = timeline.during("boot", Guest::connect(vm, agent, limit)).await?;

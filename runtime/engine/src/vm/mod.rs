@@ -18,11 +18,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use husk_vmm_api::{
-    Channel, ChannelError, Counters, DiskConfig, Exit, FdIndex, Phase, VmConfig, VsockConfig,
+    Channel, ChannelError, Counters, DiskConfig, Exit, FdIndex, NicConfig, Phase, VmConfig,
+    VsockConfig,
 };
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub use husk_vmm_api::{MAX_MTU, MAX_NICS, MAX_QUEUE_PAIRS, RateLimit, TokenBucketConfig};
 pub use process::{Probe, probe_kvm};
 
 /// How long a VMM that was asked to stop, or that closed its control socket, may take to exit
@@ -89,6 +91,23 @@ pub struct Disk {
     pub read_only: bool,
 }
 
+/// A NIC of a VM: the descriptors of its tap.
+#[derive(Debug)]
+pub struct Nic {
+    /// The guest's address, unique in the VM: by it the guest knows the NIC.
+    pub mac: [u8; 6],
+    /// Longest payload of a frame, in bytes: 68 to 9000.
+    pub mtu: u16,
+    /// The tap's queues, one for each queue pair of the NIC (1 to 8), opened with
+    /// `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and with `IFF_MULTI_QUEUE` where there are several. More
+    /// of them than vCPUs are of no use to the guest.
+    pub taps: Vec<OwnedFd>,
+    /// Limits of what the guest receives.
+    pub rx_limit: RateLimit,
+    /// Limits of what the guest transmits.
+    pub tx_limit: RateLimit,
+}
+
 /// What a VM is made from.
 #[derive(Debug)]
 pub struct VmSpec {
@@ -106,6 +125,8 @@ pub struct VmSpec {
     pub console: OwnedFd,
     /// Its disks.
     pub disks: Vec<Disk>,
+    /// Its NICs, in the order in which the guest finds them.
+    pub nics: Vec<Nic>,
 }
 
 impl VmSpec {
@@ -114,7 +135,7 @@ impl VmSpec {
         let mut fds = Vec::new();
         let mut refer = |fd: OwnedFd| {
             fds.push(fd);
-            // At most MAX_DISKS + 4 of them.
+            // At most MAX_DISKS, MAX_NICS * MAX_QUEUE_PAIRS and 4 of them.
             FdIndex(u32::try_from(fds.len() - 1).unwrap_or(u32::MAX))
         };
         let config = VmConfig {
@@ -133,6 +154,17 @@ impl VmSpec {
                     serial: disk.serial,
                     fd: refer(disk.image),
                     read_only: disk.read_only,
+                })
+                .collect(),
+            nics: self
+                .nics
+                .into_iter()
+                .map(|nic| NicConfig {
+                    mac: nic.mac,
+                    mtu: nic.mtu,
+                    taps: nic.taps.into_iter().map(&mut refer).collect(),
+                    rx_limit: nic.rx_limit,
+                    tx_limit: nic.tx_limit,
                 })
                 .collect(),
             vsock: Some(VsockConfig { guest_cid: GUEST_CID }),

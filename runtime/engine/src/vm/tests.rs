@@ -82,6 +82,7 @@ async fn boot_sends_the_configuration_with_every_descriptor() {
         std::io::Seek::rewind(&mut file).unwrap();
         file.into()
     };
+    let bucket = TokenBucketConfig { burst: 1 << 20, refill_per_second: 1 << 30 };
     vm.boot(VmSpec {
         vcpus: 2,
         memory_mib: 128,
@@ -90,6 +91,13 @@ async fn boot_sends_the_configuration_with_every_descriptor() {
         initramfs: file("initramfs"),
         console: file("console"),
         disks: vec![Disk { serial: "scratch".into(), image: file("disk"), read_only: false }],
+        nics: vec![Nic {
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 9000,
+            taps: vec![file("tap queue 0"), file("tap queue 1")],
+            rx_limit: RateLimit::default(),
+            tx_limit: RateLimit { bytes: Some(bucket), operations: None },
+        }],
     });
     let mut boot = tokio::task::spawn_blocking(move || vmm.receive::<Request>().unwrap().unwrap())
         .await
@@ -107,6 +115,13 @@ async fn boot_sends_the_configuration_with_every_descriptor() {
     assert_eq!(text(config.console.unwrap()), "console");
     assert_eq!(config.disks[0].serial, "scratch");
     assert_eq!(text(config.disks[0].fd), "disk");
+    let nic = &config.nics[0];
+    assert_eq!((nic.mac, nic.mtu), ([2, 0, 0, 0, 0, 1], 9000));
+    assert_eq!(nic.rx_limit, RateLimit::default());
+    assert_eq!(nic.tx_limit.bytes, Some(bucket));
+    assert_eq!(nic.taps.len(), 2);
+    assert_eq!(text(nic.taps[0]), "tap queue 0");
+    assert_eq!(text(nic.taps[1]), "tap queue 1");
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 pub mod bus;
 pub mod console_log;
 pub mod ioapic;
+pub mod rate_limit;
 pub mod reset;
 pub mod serial;
 pub mod signal;

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
-use husk_vmm_api::{ChannelError, DiskConfig, Phase, Received, Request, VmConfig};
+use husk_vmm_api::{ChannelError, DiskConfig, NicConfig, Phase, Received, Request, VmConfig};
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -35,6 +35,7 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::console::Console;
 use crate::devices::virtio::mmio::{MmioTransport, WINDOW_LEN};
+use crate::devices::virtio::net::{Net, TapError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostSink, Vsock, VsockHandle};
 use crate::devices::{BusDevice, Line};
@@ -123,6 +124,15 @@ pub enum BuildError {
         /// What is wrong with it.
         #[source]
         source: BlkError,
+    },
+    /// A NIC.
+    #[error("NIC {position}")]
+    Nic {
+        /// Its position.
+        position: usize,
+        /// What is wrong with it.
+        #[source]
+        source: TapError,
     },
     /// A device could not be made.
     #[error("cannot make device {device}")]
@@ -237,6 +247,9 @@ pub fn build(
     for disk in &config.disks {
         devices.add(Box::new(open_disk(disk, boot)?))?;
     }
+    for (position, nic) in config.nics.iter().enumerate() {
+        devices.add(Box::new(open_nic(position, nic, boot)?))?;
+    }
     let exits = Arc::new(ExitCounters::default());
     devices.add_legacy(config, &console, &exits)?;
     let Devices { ioapic, mut mmio, ports, counters, cmdline, .. } = devices;
@@ -348,6 +361,25 @@ fn open_disk(disk: &DiskConfig, boot: &mut Received<Request>) -> Result<Blk, Bui
         .map_err(|source| BuildError::Disk { serial: disk.serial.clone(), source })
 }
 
+fn open_nic(
+    position: usize,
+    nic: &NicConfig,
+    boot: &mut Received<Request>,
+) -> Result<Net, BuildError> {
+    let mut taps = Vec::with_capacity(nic.taps.len());
+    for (queue, index) in nic.taps.iter().enumerate() {
+        taps.push(take(boot, *index, &format!("tap descriptor {queue} of NIC {position}"))?);
+    }
+    Net::new(position, nic, taps).map_err(|source| BuildError::Nic { position, source })
+}
+
+/// What tells the guest of a device (the kernel's admin-guide/kernel-parameters, virtio_mmio.device).
+/// In KiB, which is shorter: there may be many devices.
+fn announcement(window: u64, irq: u32) -> String {
+    const KIB: u64 = WINDOW_LEN / 1024;
+    format!(" virtio_mmio.device={KIB}K@{window:#x}:{irq}")
+}
+
 /// The devices as they are added: their places in both address spaces, and how the guest learns of
 /// them.
 struct Devices<'a> {
@@ -405,7 +437,7 @@ impl<'a> Devices<'a> {
         }
         self.counters.push((name, transport.counters().clone()));
         self.mmio.insert(window, WINDOW_LEN, Arc::new(Mutex::new(transport)))?;
-        self.cmdline.push_str(&format!(" virtio_mmio.device={WINDOW_LEN}@{window:#x}:{irq}"));
+        self.cmdline.push_str(&announcement(window, irq));
         self.count = self.count.saturating_add(1);
         Ok(())
     }
@@ -444,5 +476,22 @@ impl<'a> Devices<'a> {
         device: impl BusDevice + 'static,
     ) -> Result<(), BuildError> {
         Ok(self.ports.insert(start, len, Arc::new(Mutex::new(device)))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_most_devices_fit_on_the_command_line() {
+        let most = husk_vmm_api::MAX_DISKS + husk_vmm_api::MAX_NICS;
+        // Console, vsock and rng come first.
+        let devices: String = (0..most as u32 + 3)
+            .map(|device| announcement(layout::mmio_of(device), layout::irq_of(device)))
+            .collect();
+        let len = format!("{CMDLINE} {CMDLINE_SERIAL}{devices}").len();
+        assert!(len < layout::CMDLINE_CAPACITY, "{len}");
+        assert_eq!(announcement(0xd000_0000, 5), " virtio_mmio.device=4K@0xd0000000:5");
     }
 }

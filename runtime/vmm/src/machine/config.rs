@@ -1,7 +1,8 @@
 //! Checks of what the pod's process asks for.
 
 use husk_vmm_api::{
-    MAX_DISKS, MAX_MEMORY_MIB, MAX_SERIAL_LEN, MAX_VCPUS, MIN_MEMORY_MIB, VmConfig,
+    MAX_DISKS, MAX_MEMORY_MIB, MAX_MTU, MAX_NICS, MAX_QUEUE_PAIRS, MAX_SERIAL_LEN, MAX_VCPUS,
+    MIN_MEMORY_MIB, MIN_MTU, NicConfig, RateLimit, VmConfig,
 };
 
 /// The configuration is not one that can be built; names the field and the value.
@@ -38,6 +39,22 @@ pub enum ConfigError {
         /// The serial.
         serial: String,
     },
+    /// A NIC's address is zero, or one of a group.
+    #[error("nics[{index}].mac is {mac:02x?}, accepted are addresses of single stations")]
+    Mac {
+        /// The NIC's position.
+        index: usize,
+        /// The address.
+        mac: [u8; 6],
+    },
+    /// Two NICs have the same address.
+    #[error("nics[{index}].mac {mac:02x?} is another NIC's too")]
+    DuplicateMac {
+        /// The later NIC's position.
+        index: usize,
+        /// The address.
+        mac: [u8; 6],
+    },
 }
 
 /// Checks every field that is not a descriptor.
@@ -45,18 +62,10 @@ pub enum ConfigError {
 /// # Errors
 /// The first field that is out of its range.
 pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
-    let range = |field, value: u64, min: u64, max: u64| {
-        if (min..=max).contains(&value) {
-            Ok(())
-        } else {
-            Err(ConfigError::Range { field, value, min, max })
-        }
-    };
     range("vcpus", config.vcpus.into(), 1, MAX_VCPUS.into())?;
     let (min, max) = (MIN_MEMORY_MIB.into(), MAX_MEMORY_MIB.into());
     range("memory_mib", config.memory_mib.into(), min, max)?;
-    let disks = u64::try_from(config.disks.len()).unwrap_or(u64::MAX);
-    range("number of disks", disks, 0, u64::try_from(MAX_DISKS).unwrap_or(u64::MAX))?;
+    range("number of disks", count(config.disks.len()), 0, count(MAX_DISKS))?;
     if let Some(vsock) = &config.vsock {
         // 0 to 2 are reserved, as is the last (virtio 1.2, 5.10.4).
         range("vsock.guest_cid", vsock.guest_cid, 3, u64::from(u32::MAX).saturating_sub(1))?;
@@ -72,12 +81,53 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
             return Err(ConfigError::DuplicateSerial { index, serial });
         }
     }
+    validate_nics(&config.nics)
+}
+
+fn validate_nics(nics: &[NicConfig]) -> Result<(), ConfigError> {
+    range("number of nics", count(nics.len()), 0, count(MAX_NICS))?;
+    let mut seen = std::collections::HashSet::new();
+    for (index, nic) in nics.iter().enumerate() {
+        let mac = nic.mac;
+        // The lowest bit of the first byte is a group's.
+        if mac == [0; 6] || mac.first().is_none_or(|first| first & 1 != 0) {
+            return Err(ConfigError::Mac { index, mac });
+        }
+        if !seen.insert(mac) {
+            return Err(ConfigError::DuplicateMac { index, mac });
+        }
+        range("nics[].mtu", nic.mtu.into(), MIN_MTU.into(), MAX_MTU.into())?;
+        range("number of nics[].taps", count(nic.taps.len()), 1, count(MAX_QUEUE_PAIRS))?;
+        validate_limit("nics[].rx_limit", &nic.rx_limit)?;
+        validate_limit("nics[].tx_limit", &nic.tx_limit)?;
+    }
     Ok(())
+}
+
+/// A bucket that holds nothing, or gets nothing, would let nothing through.
+fn validate_limit(field: &'static str, limit: &RateLimit) -> Result<(), ConfigError> {
+    for bucket in [limit.bytes, limit.operations].into_iter().flatten() {
+        range(field, bucket.burst, 1, u64::MAX)?;
+        range(field, bucket.refill_per_second, 1, u64::MAX)?;
+    }
+    Ok(())
+}
+
+fn range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    if (min..=max).contains(&value) {
+        Ok(())
+    } else {
+        Err(ConfigError::Range { field, value, min, max })
+    }
+}
+
+fn count(count: usize) -> u64 {
+    u64::try_from(count).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
 mod tests {
-    use husk_vmm_api::{DiskConfig, FdIndex, VsockConfig};
+    use husk_vmm_api::{DiskConfig, FdIndex, TokenBucketConfig, VsockConfig};
 
     use super::*;
 
@@ -92,6 +142,7 @@ mod tests {
             console: None,
             serial_console: false,
             disks: Vec::new(),
+            nics: Vec::new(),
             vsock: Some(VsockConfig { guest_cid: 3 }),
         }
     }
@@ -132,5 +183,61 @@ mod tests {
         let many: Vec<String> = (0..=MAX_DISKS).map(|i| i.to_string()).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
         assert!(matches!(with(&many), Err(ConfigError::Range { .. })));
+    }
+
+    fn nic(last: u8) -> NicConfig {
+        NicConfig {
+            mac: [2, 0, 0, 0, 0, last],
+            mtu: 1500,
+            taps: vec![FdIndex(3)],
+            rx_limit: RateLimit::default(),
+            tx_limit: RateLimit::default(),
+        }
+    }
+
+    fn with_nics(nics: Vec<NicConfig>) -> Result<(), ConfigError> {
+        validate(&VmConfig { nics, ..config() })
+    }
+
+    #[test]
+    fn addresses_of_nics_are_single_stations_and_unique() {
+        assert_eq!(with_nics(vec![nic(1), nic(2)]), Ok(()));
+        for mac in [[0; 6], [1, 0, 0, 0, 0, 1], [0xff; 6]] {
+            let refused = with_nics(vec![nic(1), NicConfig { mac, ..nic(2) }]);
+            assert_eq!(refused, Err(ConfigError::Mac { index: 1, mac }));
+        }
+        let refused = with_nics(vec![nic(1), nic(1)]);
+        assert!(matches!(refused, Err(ConfigError::DuplicateMac { index: 1, .. })));
+    }
+
+    #[test]
+    fn limits_of_nics_are_named() {
+        let empty = TokenBucketConfig { burst: 0, refill_per_second: 1 };
+        let dry = TokenBucketConfig { burst: 1, refill_per_second: 0 };
+        let cases = [
+            (NicConfig { mtu: 67, ..nic(1) }, "nics[].mtu"),
+            (NicConfig { mtu: 9001, ..nic(1) }, "nics[].mtu"),
+            (NicConfig { taps: Vec::new(), ..nic(1) }, "number of nics[].taps"),
+            (NicConfig { taps: vec![FdIndex(3); 9], ..nic(1) }, "number of nics[].taps"),
+            (
+                NicConfig {
+                    rx_limit: RateLimit { bytes: Some(empty), operations: None },
+                    ..nic(1)
+                },
+                "nics[].rx_limit",
+            ),
+            (
+                NicConfig { tx_limit: RateLimit { bytes: None, operations: Some(dry) }, ..nic(1) },
+                "nics[].tx_limit",
+            ),
+        ];
+        for (nic, field) in cases {
+            match with_nics(vec![nic]) {
+                Err(ConfigError::Range { field: named, .. }) => assert_eq!(named, field),
+                other => panic!("{field}: {other:?}"),
+            }
+        }
+        let many = (0..=8).map(nic).collect();
+        assert!(matches!(with_nics(many), Err(ConfigError::Range { .. })));
     }
 }

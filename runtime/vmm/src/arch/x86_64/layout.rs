@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn windows_of_all_devices_lie_in_the_hole() {
-        let most = husk_vmm_api::MAX_DISKS as u32 + 8;
+        let most = (husk_vmm_api::MAX_DISKS + husk_vmm_api::MAX_NICS) as u32 + 8;
         assert!(mmio_of(most) + VIRTIO_MMIO_STRIDE <= u64::from(IO_APIC));
         assert!(mmio_of(0) >= HOLE_START.0);
     }

@@ -15,6 +15,7 @@ pub mod blk;
 pub mod chain;
 pub mod console;
 pub mod mmio;
+pub mod net;
 pub mod rng;
 pub mod timer;
 pub mod vsock;
