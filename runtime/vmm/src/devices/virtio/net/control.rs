@@ -1,5 +1,6 @@
 //! The control queue (virtio 1.2, 5.1.6.5): the driver says how many queue pairs it uses.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -69,11 +70,13 @@ pub(super) struct Control {
     queue: Virtqueue,
     pairs: Arc<Pairs>,
     limit: TokenBucket,
+    /// Commands that the host did not do.
+    failures: u64,
 }
 
 impl Control {
     pub(super) fn new(queue: Virtqueue, pairs: Arc<Pairs>, now: Instant) -> Self {
-        Control { queue, pairs, limit: TokenBucket::new(COMMANDS, COMMANDS, now) }
+        Control { queue, pairs, limit: TokenBucket::new(COMMANDS, COMMANDS, now), failures: 0 }
     }
 
     /// Does the commands that are there.
@@ -85,23 +88,30 @@ impl Control {
             }
             let Some(chain) = self.queue.pop_or_arm()? else { return Ok(Served::Idle) };
             self.limit.take(1, now);
-            answer(chain, &self.pairs)?;
+            answer(chain, &self.pairs, &mut self.failures)?;
             self.queue.notify()?;
         }
         Ok(Served::More)
     }
 }
 
-fn answer(chain: Chain<'_>, pairs: &Pairs) -> Result<(), GuestFault> {
-    let ack = match Command::parse(&chain)? {
-        Command::SetPairs(count) => match pairs.set_in_use(count.into()) {
-            Ok(()) => ACK_OK,
-            Err(error) => {
-                tracing::warn!(%error, count, "cannot use so many queue pairs");
-                ACK_ERR
+fn answer(chain: Chain<'_>, pairs: &Pairs, failures: &mut u64) -> Result<(), GuestFault> {
+    let done = match Command::parse(&chain)? {
+        Command::SetPairs(count) => pairs.set_in_use(count.into()),
+        Command::Unknown => Err(io::ErrorKind::InvalidInput.into()),
+    };
+    let ack = match done {
+        Ok(()) => ACK_OK,
+        Err(error) => {
+            // The guest's mistakes are not for the host's log, and the host's failures once.
+            if error.kind() != io::ErrorKind::InvalidInput {
+                *failures = failures.saturating_add(1);
+                if *failures == 1 {
+                    tracing::warn!(%error, "cannot change how many queues of a tap are used");
+                }
             }
-        },
-        Command::Unknown => ACK_ERR,
+            ACK_ERR
+        }
     };
     chain.writable().write_at(0, &[ack])?;
     chain.complete(1)

@@ -92,7 +92,7 @@ impl PairHandler {
             Received::Throttled(wait) => Receiving::Throttled(after(now, wait)),
             Received::Gone(error) => {
                 // Detached by the control queue, or lost; either way not by this worker's doing.
-                tracing::info!(pair = self.index, %error, "nothing to receive from");
+                tracing::debug!(pair = self.index, %error, "nothing to receive from");
                 Receiving::Gone
             }
         };

@@ -161,7 +161,7 @@ impl Pair {
             match self.read(host) {
                 Ok((0, _)) => return Ok(Received::Gone(io::ErrorKind::UnexpectedEof.into())),
                 Ok((len, room)) => {
-                    self.rx_limit.charge(len, now);
+                    self.rx_limit.charge(len.saturating_sub(u64::from(HEADER_LEN)), now);
                     self.deliver(len, room)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -262,7 +262,7 @@ impl Pair {
             };
             match send(&chain, host)? {
                 Sent::Whole(len) => {
-                    self.tx_limit.charge(len.into(), now);
+                    self.tx_limit.charge(len.saturating_sub(HEADER_LEN).into(), now);
                     self.counters.count_packet_from_guest();
                     chain.complete(0)?;
                 }

@@ -409,4 +409,47 @@ proptest! {
         prop_assert_eq!(got, expected);
         prop_assert_eq!(usize::from(rig.tx.used_idx()), chains.len());
     }
+
+    /// Rings full of rubbish: loops, absurd lengths and addresses, wrong directions. A fault or not,
+    /// but no frame that is too long, and no more chains given back than were there.
+    #[test]
+    fn hostile_rings_do_no_harm(
+        descriptors in prop::collection::vec(
+            (
+                prop_oneof![4 => 0x28_0000..0x30_0000_u64, 1 => 0x5_0000..0xa_0000_u64, 1 => any::<u64>()],
+                prop_oneof![4 => 0..3000_u32, 1 => any::<u32>()],
+                prop_oneof![8 => 0..4_u16, 1 => any::<u16>()],
+                prop_oneof![8 => 0..SIZE, 1 => any::<u16>()],
+            ),
+            usize::from(SIZE),
+        ),
+        heads in prop::collection::vec(prop_oneof![16 => 0..SIZE, 1 => any::<u16>()], 1..40),
+        mergeable in any::<bool>(),
+        features in prop_oneof![Just(0), Just(RING_FEATURES)],
+    ) {
+        let mut rig = rig_with(mergeable, features);
+        for driver in [&mut rig.rx, &mut rig.tx] {
+            for (index, descriptor) in (0..SIZE).zip(&descriptors) {
+                driver.write_desc(driver.desc, index, *descriptor);
+            }
+            for head in &heads {
+                driver.make_available(*head);
+            }
+        }
+        for len in [60, 1514, 9000, 60_000] {
+            rig.host_sends(&frame(len));
+        }
+        let now = Instant::now();
+        let received = rig.pair.receive(rig.near.as_fd(), now);
+        let transmitted = rig.pair.transmit(rig.near.as_fd(), now);
+        // The rings may lie in what was written to: then anything may be in them.
+        let untouched = descriptors.iter().all(|(address, ..)| *address >= 0x28_0000);
+        if untouched && received.is_ok() && transmitted.is_ok() {
+            prop_assert!(usize::from(rig.rx.used_idx()) <= heads.len());
+            prop_assert!(usize::from(rig.tx.used_idx()) <= heads.len());
+        }
+        while let Some(sent) = rig.host_gets() {
+            prop_assert!((HEADER..=MAX_FRAME_LEN as usize).contains(&sent.len()));
+        }
+    }
 }
