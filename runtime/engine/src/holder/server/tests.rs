@@ -166,7 +166,8 @@ impl Pod {
                 .serve_connection(TokioIo::new(theirs), service);
             drop(connection.await);
         });
-        let client = PodClient::new(crate::guest::channel(ours).await.unwrap());
+        let client =
+            PodClient::new(crate::channel::over(ours, crate::channel::nameless()).await.unwrap());
         Pod { client, ended }
     }
 
@@ -409,7 +410,8 @@ async fn the_end_of_the_pod_answers_who_waits_and_nobody_else() {
     ));
     let connect = async || {
         let stream = UnixStream::connect(&path).await.unwrap();
-        let client = PodClient::new(crate::guest::channel(stream).await.unwrap());
+        let client =
+            PodClient::new(crate::channel::over(stream, crate::channel::nameless()).await.unwrap());
         Pod { client, ended: watch::channel(None).0 }
     };
     let (first, second) = (connect().await, connect().await);

@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     fn every_device_has_a_line_of_its_own() {
-        let most = husk_vmm_api::MAX_DISKS as u32 + 8;
+        let most = (husk_vmm_api::MAX_DISKS + husk_vmm_api::MAX_NICS) as u32 + 8;
         let lines: std::collections::BTreeSet<u32> = (0..most).map(irq_of).collect();
         assert_eq!(lines.len(), most as usize);
         assert!(!lines.contains(&0) && !lines.contains(&SERIAL_IRQ));
