@@ -59,6 +59,7 @@ async fn look_up(name: String) -> Result<Vec<Option<IpAddr>>, String> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
