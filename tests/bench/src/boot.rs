@@ -37,7 +37,9 @@ pub(crate) fn compare(setup: &Setup) -> Result<Vec<String>> {
         Contender { name: "husk-vmm", once: Box::new(husk) },
         Contender { name: "qemu-microvm", once: Box::new(qemu) },
     ];
+    let held_back = hold_back()?;
     let samples = pairs::interleave(setup.rounds, scrub, &mut contenders)?;
+    drop(held_back);
     let ratio = pairs::ratio(&samples[0], &samples[1]).context("no samples")?;
     drop(contenders);
     // What the ratio would be with a VMM that takes no time at all: the guest's kernel, which is
@@ -52,18 +54,48 @@ pub(crate) fn compare(setup: &Setup) -> Result<Vec<String>> {
     ])
 }
 
-/// Writes to the memory that the last VM gave back, before the next one gets it.
+/// Memory that the contenders share, in bytes. All of them together are content with it.
+const SHARED: usize = 1 << 30;
+
+/// What [`scrub`] leaves alone of it, so that nothing is killed for memory.
+const SPARE: usize = 192 << 20;
+
+/// Memory that nobody gets until this is dropped.
+struct HeldBack(#[expect(dead_code, reason = "it is held, not read")] Vec<u8>);
+
+/// Takes all memory of the host but [`SHARED`]. With [`scrub`] it sees to it that no contender gets
+/// memory in which code has run.
 ///
-/// In a test host that QEMU emulates, the first write to a page from which code once ran throws
-/// away its translations, eight bytes at a time: up to 200 ms for the 2 MiB that held a guest's
-/// kernel. Who gets such pages is chance, and no host of metal has this cost.
-fn scrub() {
-    const BYTES: usize = (4 * MEMORY_MIB as usize) << 20;
-    let mut memory = vec![0_u8; BYTES];
+/// In a test host that QEMU emulates, the first write to a page from which code once ran throws away
+/// its translations, eight bytes at a time: up to 200 ms for the 2 MiB that held a guest's kernel,
+/// and up to half of a whole boot. Who gets such pages is chance, and no host of metal has this cost.
+fn hold_back() -> Result<HeldBack> {
+    Ok(HeldBack(touched(available()?.saturating_sub(SHARED))))
+}
+
+/// Writes to all the memory that is free, and so to what the last VM gave back, before the next one
+/// gets it.
+fn scrub() -> Result<()> {
+    drop(touched(available()?.saturating_sub(SPARE)));
+    Ok(())
+}
+
+/// So many bytes of memory that are resident.
+fn touched(bytes: usize) -> Vec<u8> {
+    let mut memory = vec![0_u8; bytes];
     for page in memory.chunks_mut(PAGE as usize) {
         page[0] = 1;
     }
-    std::hint::black_box(&memory);
+    std::hint::black_box(memory)
+}
+
+/// `MemAvailable` of proc_meminfo(5), in bytes.
+fn available() -> Result<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    let kib: usize = kib.context("no MemAvailable in /proc/meminfo")?.trim().parse()?;
+    Ok(kib.saturating_mul(1024))
 }
 
 /// Where the time of one more boot goes.

@@ -103,7 +103,7 @@ fn containers(
         Contender { name: "husk container", once: Box::new(husk) },
         Contender { name: "crun run", once: Box::new(crun) },
     ];
-    let samples = pairs::interleave(setup.rounds, || (), &mut contenders)?;
+    let samples = pairs::interleave(setup.rounds, || Ok(()), &mut contenders)?;
     let ratio = pairs::ratio(&samples[0], &samples[1]).context("no samples")?;
     drop(contenders);
     // The first is of the warm-up.
@@ -153,7 +153,7 @@ fn processes(
         Contender { name: "husk exec", once: Box::new(husk) },
         Contender { name: "crun exec", once: Box::new(crun) },
     ];
-    let samples = pairs::interleave(setup.rounds, || (), &mut contenders)?;
+    let samples = pairs::interleave(setup.rounds, || Ok(()), &mut contenders)?;
     let ratio = pairs::ratio(&samples[0], &samples[1]).context("no samples")?;
 
     let mut delete = Command::new("crun");
@@ -207,7 +207,7 @@ fn output(
         Contender { name: "husk output", once: Box::new(husk) },
         Contender { name: "crun output", once: Box::new(crun) },
     ];
-    let samples = pairs::interleave(setup.rounds.min(5), || (), &mut contenders)?;
+    let samples = pairs::interleave(setup.rounds.min(5), || Ok(()), &mut contenders)?;
     // Of throughputs, so the other way round.
     let ratio = pairs::ratio(&samples[1], &samples[0]).context("no samples")?;
     Ok(vec![format!("ratio stdout_throughput {ratio:.2} vs crun")])

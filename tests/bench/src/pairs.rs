@@ -14,7 +14,7 @@ pub(crate) struct Contender<'a> {
 /// `before` runs before every single one of them.
 pub(crate) fn interleave(
     rounds: usize,
-    before: impl Fn(),
+    before: impl Fn() -> Result<()>,
     contenders: &mut [Contender<'_>],
 ) -> Result<Vec<Vec<Duration>>> {
     let mut samples = vec![Vec::with_capacity(rounds); contenders.len()];
@@ -23,7 +23,7 @@ pub(crate) fn interleave(
             if round == 0 { "warm-up".to_owned() } else { format!("round {round}/{rounds}") };
         let mut line = format!("  {label}:");
         for (contender, samples) in contenders.iter_mut().zip(&mut samples) {
-            before();
+            before()?;
             let took = (contender.once)()?;
             line.push_str(&format!("  {} {:.1} ms", contender.name, millis(took)));
             if round > 0 {
@@ -79,7 +79,7 @@ mod tests {
             calls += 1;
             Ok(Duration::from_millis(calls))
         });
-        let samples = interleave(3, || (), &mut [Contender { name: "a", once }]).unwrap();
+        let samples = interleave(3, || Ok(()), &mut [Contender { name: "a", once }]).unwrap();
         assert_eq!(samples[0], [2, 3, 4].map(Duration::from_millis));
     }
 }

@@ -55,7 +55,7 @@ pub(crate) fn compare(setup: &Setup) -> Result<Vec<String>> {
         Contender { name: "crun", once: Box::new(oci("crun")) },
         Contender { name: "runc", once: Box::new(oci("runc")) },
     ];
-    let samples = pairs::interleave(setup.rounds, || (), &mut contenders)?;
+    let samples = pairs::interleave(setup.rounds, || Ok(()), &mut contenders)?;
     let against = |peer: usize| pairs::ratio(&samples[0], &samples[peer]).context("no samples");
     Ok(vec![
         format!("ratio run_true {:.2} vs crun", against(1)?),
