@@ -13,6 +13,7 @@ use husk_vmm::counters::DeviceCounters;
 use husk_vmm::devices::virtio::blk::Disk;
 use husk_vmm::devices::virtio::blk::request::{Operation, Request, SECTOR_LEN};
 use husk_vmm::devices::virtio::chain::Virtqueue;
+use husk_vmm::devices::virtio::mmio::window::Window;
 use husk_vmm::devices::virtio::{Interrupt, RING_FEATURES};
 use libfuzzer_sys::fuzz_target;
 use virtio_queue::{Queue, QueueT};
@@ -50,7 +51,11 @@ fuzz_target!(|data: &[u8]| {
 
     let file = disk_file();
     let disk = Disk::new("fuzz", file.try_clone().unwrap(), choice & 1 != 0).unwrap();
-    let interrupt = Interrupt::new(Arc::new(EventFd::new(0).unwrap()), Arc::new(DeviceCounters::default()));
+    let interrupt = Interrupt::new(
+        Window::alone().unwrap(),
+        Arc::new(EventFd::new(0).unwrap()),
+        Arc::new(DeviceCounters::default()),
+    );
     let features = if choice & 2 != 0 { RING_FEATURES } else { 0 };
     let mut queue = Virtqueue::new(memory, queue(), interrupt, features);
 

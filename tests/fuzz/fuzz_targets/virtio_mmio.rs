@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use husk_vmm::GuestMemory;
 use husk_vmm::devices::BusDevice;
+use husk_vmm::devices::virtio::mmio::window::Window;
 use husk_vmm::devices::virtio::mmio::{MmioTransport, register};
 use husk_vmm::devices::virtio::{
     ActivateError, Activation, F_VERSION_1, RING_FEATURES, VirtioDevice, status,
@@ -16,6 +17,7 @@ use husk_vmm::machine::report::channel;
 use libfuzzer_sys::fuzz_target;
 use virtio_queue::QueueT;
 use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
 
 const MEMORY_LEN: usize = 0x10_0000;
 const NEGOTIATED: u32 = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK;
@@ -67,7 +69,8 @@ fuzz_target!(|data: &[u8]| {
     let device = Box::new(Holder { held: held.clone() });
     let (reporter, _reports) = channel().unwrap();
     let line = Arc::new(EventFd::new(0).unwrap());
-    let mut window = MmioTransport::new(memory, device, reporter, line).unwrap();
+    let mut window =
+        MmioTransport::new(memory, device, reporter, (Window::alone().unwrap(), line)).unwrap();
     let write = |window: &mut MmioTransport, offset, value: u32| {
         window.write(offset, &value.to_le_bytes());
     };

@@ -12,6 +12,7 @@ use std::time::Instant;
 use husk_vmm::GuestMemory;
 use husk_vmm::counters::DeviceCounters;
 use husk_vmm::devices::virtio::chain::Virtqueue;
+use husk_vmm::devices::virtio::mmio::window::Window;
 use husk_vmm::devices::virtio::net::{Command, HEADER_LEN, MAX_FRAME_LEN, Pair, Received};
 use husk_vmm::devices::virtio::{Interrupt, RING_FEATURES};
 use libfuzzer_sys::fuzz_target;
@@ -50,7 +51,11 @@ fuzz_target!(|data: &[u8]| {
     let fitting = &bytes[..bytes.len().min(MEMORY_LEN)];
     memory.write_slice(fitting, GuestAddress(0)).unwrap();
     let counters = Arc::new(DeviceCounters::default());
-    let interrupt = Interrupt::new(Arc::new(EventFd::new(0).unwrap()), counters.clone());
+    let interrupt = Interrupt::new(
+        Window::alone().unwrap(),
+        Arc::new(EventFd::new(0).unwrap()),
+        counters.clone(),
+    );
     let features = if choice & 1 != 0 { RING_FEATURES } else { 0 };
     let [rx, tx, mut control] = QUEUES.map(|base| queue(base, features, &memory, &interrupt));
     let mut pair = Pair::new(rx, tx, choice & 2 != 0, counters.clone());

@@ -11,8 +11,12 @@ use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use husk_vmm_api::{ChannelError, DiskConfig, NicConfig, Phase, Received, Request, VmConfig};
-use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi};
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_enable_cap, kvm_msi,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{self, ConfigError};
@@ -34,6 +38,7 @@ use crate::devices::signal::SignalPort;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::console::Console;
+use crate::devices::virtio::mmio::window::{Window, Windows};
 use crate::devices::virtio::mmio::{MmioTransport, WINDOW_LEN};
 use crate::devices::virtio::net::{Net, TapError};
 use crate::devices::virtio::rng::Rng;
@@ -214,6 +219,8 @@ pub fn build(
 
     let memory = memory::map(config.memory_mib)?;
     memory::register(&vm, &memory)?;
+    let windows = Windows::new(layout::VIRTIO_MMIO_WINDOWS).map_err(MemoryError::Windows)?;
+    register_windows(&kvm, &vm, &windows, &memory)?;
     reporter.phase(Phase::Memory);
 
     let kernel = boot::load_kernel(&memory, &kernel_file)?;
@@ -232,7 +239,7 @@ pub fn build(
         None => None,
     };
     let console = Arc::new(ConsoleLog::new(console_file, VmConfig::CONSOLE_LOG_CAP));
-    let mut devices = Devices::new(&vm, &memory, &reporter, config)?;
+    let mut devices = Devices::new(&vm, &memory, &windows, &reporter, config)?;
     devices.add(Box::new(Console::new(console.clone())))?;
     let vsock = match &config.vsock {
         Some(vsock) => {
@@ -312,6 +319,31 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, BuildError> {
     Ok(vm)
 }
 
+/// Has KVM show the devices' windows to the guest. On a host that cannot do that, reads leave the
+/// guest as writes do.
+fn register_windows(
+    kvm: &Kvm,
+    vm: &VmFd,
+    windows: &Windows,
+    memory: &GuestMemory,
+) -> Result<(), BuildError> {
+    if !kvm.check_extension(Cap::ReadonlyMem) {
+        return Ok(());
+    }
+    let (address, len) = (layout::VIRTIO_MMIO, windows.len());
+    let slot = kvm_userspace_memory_region {
+        slot: u32::try_from(memory.num_regions()).unwrap_or(u32::MAX),
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr: address,
+        memory_size: len,
+        userspace_addr: windows.host_address(),
+    };
+    // SAFETY: the range is a live mapping that `windows` owns; the transports keep it until the
+    // process ends, longer than the VM.
+    unsafe { vm.set_user_memory_region(slot) }
+        .map_err(|source| MemoryError::Register { address, source }.into())
+}
+
 /// Has KVM make a local APIC with each vCPU. The other half of an interrupt controller is
 /// [`IoApic`].
 fn create_local_apics(vm: &VmFd) -> Result<(), BuildError> {
@@ -385,6 +417,7 @@ fn announcement(window: u64, irq: u32) -> String {
 struct Devices<'a> {
     vm: &'a VmFd,
     memory: &'a GuestMemory,
+    windows: &'a Arc<Windows>,
     reporter: &'a Reporter,
     ioapic: IoApic,
     mmio: Bus,
@@ -400,6 +433,7 @@ impl<'a> Devices<'a> {
     fn new(
         vm: &'a Arc<VmFd>,
         memory: &'a GuestMemory,
+        windows: &'a Arc<Windows>,
         reporter: &'a Reporter,
         config: &VmConfig,
     ) -> Result<Self, BuildError> {
@@ -413,7 +447,19 @@ impl<'a> Devices<'a> {
         let acks = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
             BuildError::Device { device: "interrupt acknowledgement".to_owned(), source }
         })?;
-        Ok(Devices { vm, memory, reporter, ioapic, mmio, ports, counters, cmdline, count: 0, acks })
+        Ok(Devices {
+            vm,
+            memory,
+            windows,
+            reporter,
+            ioapic,
+            mmio,
+            ports,
+            counters,
+            cmdline,
+            count: 0,
+            acks,
+        })
     }
 
     /// Adds a virtio device: a window, an interrupt line, an ioeventfd per queue and one for the
@@ -421,13 +467,17 @@ impl<'a> Devices<'a> {
     fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
         let name = device.name().to_owned();
         let (window, irq) = (layout::mmio_of(self.count), layout::irq_of(self.count));
-        let (memory, reporter, line) =
-            (self.memory.clone(), self.reporter.clone(), self.line(&name, irq)?);
-        let transport = MmioTransport::new(memory, device, reporter, line)
+        let place = (self.window(&name)?, self.line(&name, irq)?);
+        let (memory, reporter) = (self.memory.clone(), self.reporter.clone());
+        let transport = MmioTransport::new(memory, device, reporter, place)
             .map_err(|source| BuildError::Device { device: name.clone(), source })?;
-        let ack = IoEventAddress::Mmio(window.saturating_add(MmioTransport::INTERRUPT_ACK));
+        let (ack, used_ring) = MmioTransport::USED_RING_ACK;
         self.vm
-            .register_ioevent(&self.acks, &ack, NoDatamatch)
+            .register_ioevent(
+                &self.acks,
+                &IoEventAddress::Mmio(window.saturating_add(ack)),
+                used_ring,
+            )
             .map_err(kvm_error("register an interrupt's acknowledgement"))?;
         let notify = IoEventAddress::Mmio(window.saturating_add(MmioTransport::QUEUE_NOTIFY));
         for (queue, kick) in (0_u32..).zip(transport.queue_kicks()) {
@@ -440,6 +490,14 @@ impl<'a> Devices<'a> {
         self.cmdline.push_str(&announcement(window, irq));
         self.count = self.count.saturating_add(1);
         Ok(())
+    }
+
+    /// The next device's window.
+    fn window(&self, device: &str) -> Result<Window, BuildError> {
+        self.windows.window(self.count).ok_or_else(|| BuildError::Device {
+            device: device.to_owned(),
+            source: std::io::Error::other("there are more devices than windows"),
+        })
     }
 
     /// The interrupt line of a device.

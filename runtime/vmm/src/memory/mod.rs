@@ -28,6 +28,9 @@ pub enum MemoryError {
         #[source]
         source: MmapRegionError,
     },
+    /// The host refused the mapping of the devices' windows.
+    #[error("cannot map the windows of the devices")]
+    Windows(#[source] MmapRegionError),
     /// The size is not one that this host can address.
     #[error("{mib} MiB of guest memory cannot be laid out")]
     Layout {

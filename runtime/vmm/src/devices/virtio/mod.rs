@@ -25,12 +25,13 @@ pub mod worker;
 pub(crate) mod testing;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::chain::Virtqueue;
+use self::mmio::register;
+use self::mmio::window::Window;
 use crate::GuestMemory;
 use crate::counters::DeviceCounters;
 use crate::devices::Line;
@@ -183,8 +184,7 @@ pub mod status {
 
 /// A device's interrupt line to the guest, and its way to say that it needs a reset.
 ///
-/// Shared between the transport (which answers `InterruptStatus` and `Status`) and
-/// the device's worker.
+/// Shared between the transport and the device's worker.
 #[derive(Debug, Clone)]
 pub struct Interrupt {
     inner: Arc<InterruptInner>,
@@ -192,29 +192,18 @@ pub struct Interrupt {
 
 #[derive(Debug)]
 struct InterruptInner {
-    /// `InterruptStatus`.
-    pending: AtomicU32,
-    /// `Status`; workers may only add `DEVICE_NEEDS_RESET`.
-    status: AtomicU32,
+    /// Of its registers `InterruptStatus`, `Status` (to which workers may only add
+    /// `DEVICE_NEEDS_RESET`) and `ConfigGeneration` change here.
+    window: Window,
     line: Arc<dyn Line>,
-    /// `ConfigGeneration`: changes with the configuration space.
-    config_generation: AtomicU32,
     counters: Arc<DeviceCounters>,
 }
 
 impl Interrupt {
-    /// An interrupt that signals `line`.
+    /// An interrupt that signals `line`, with its registers in `window`.
     #[must_use]
-    pub fn new(line: Arc<dyn Line>, counters: Arc<DeviceCounters>) -> Self {
-        Interrupt {
-            inner: Arc::new(InterruptInner {
-                pending: AtomicU32::new(0),
-                status: AtomicU32::new(0),
-                line,
-                config_generation: AtomicU32::new(0),
-                counters,
-            }),
-        }
+    pub fn new(window: Window, line: Arc<dyn Line>, counters: Arc<DeviceCounters>) -> Self {
+        Interrupt { inner: Arc::new(InterruptInner { window, line, counters }) }
     }
 
     /// Tells the driver that used buffers are there. Call it only when the queue's
@@ -225,14 +214,14 @@ impl Interrupt {
 
     /// Tells the driver that the configuration space changed.
     pub fn signal_config(&self) {
-        self.inner.config_generation.fetch_add(1, Ordering::SeqCst);
+        self.inner.window.count_up(register::CONFIG_GENERATION);
         self.signal(INTERRUPT_CONFIG);
     }
 
     /// The guest broke the protocol: sets `DEVICE_NEEDS_RESET` and tells the driver. The worker then
     /// stops touching the queues (virtio 1.2, 2.1.2).
     pub fn signal_needs_reset(&self) {
-        self.inner.status.fetch_or(status::DEVICE_NEEDS_RESET, Ordering::SeqCst);
+        self.inner.window.add_bits(register::STATUS, status::DEVICE_NEEDS_RESET);
         self.signal(INTERRUPT_CONFIG);
     }
 
@@ -245,34 +234,35 @@ impl Interrupt {
     /// `Status` as the driver reads it.
     #[must_use]
     pub fn status(&self) -> u32 {
-        self.inner.status.load(Ordering::SeqCst)
+        self.inner.window.get(register::STATUS)
     }
 
-    /// The transport's: `InterruptStatus` as the driver reads it, which takes the bits away; see
-    /// [`MmioTransport::INTERRUPT_ACK`](mmio::MmioTransport::INTERRUPT_ACK).
-    pub(crate) fn take_pending(&self) -> u32 {
-        self.inner.pending.swap(0, Ordering::SeqCst)
+    /// The transport's: the driver has seen these events. That buffers were used stays said, see
+    /// [`MmioTransport::USED_RING_ACK`](mmio::MmioTransport::USED_RING_ACK).
+    pub(crate) fn acknowledge(&self, bits: u32) {
+        self.inner.window.take_bits(register::INTERRUPT_STATUS, bits & !INTERRUPT_USED_RING);
     }
 
     /// The transport's: the driver set `Status` bits. Bits are only ever added, so that a worker's
     /// `DEVICE_NEEDS_RESET` at the same time is not lost.
     pub(crate) fn add_status(&self, bits: u32) {
-        self.inner.status.fetch_or(bits, Ordering::SeqCst);
+        self.inner.window.add_bits(register::STATUS, bits);
     }
 
     /// The transport's: the device was reset. Its worker must be joined already.
     pub(crate) fn clear(&self) {
-        self.inner.pending.store(0, Ordering::SeqCst);
-        self.inner.status.store(0, Ordering::SeqCst);
+        self.inner.window.set(register::INTERRUPT_STATUS, 0);
+        self.inner.window.set(register::STATUS, 0);
     }
 
-    /// `ConfigGeneration` as the driver reads it.
-    pub(crate) fn config_generation(&self) -> u32 {
-        self.inner.config_generation.load(Ordering::SeqCst)
+    /// `InterruptStatus` as the driver reads it.
+    #[cfg(test)]
+    pub(crate) fn pending(&self) -> u32 {
+        self.inner.window.get(register::INTERRUPT_STATUS)
     }
 
     fn signal(&self, bit: u32) {
-        self.inner.pending.fetch_or(bit, Ordering::SeqCst);
+        self.inner.window.add_bits(register::INTERRUPT_STATUS, bit);
         self.inner.counters.count_interrupt();
         self.inner.line.raise();
     }

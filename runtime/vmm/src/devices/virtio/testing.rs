@@ -9,6 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::chain::Virtqueue;
+use super::mmio::window::Window;
 use super::{Activation, ActiveQueue, F_EVENT_IDX, Interrupt};
 use crate::GuestMemory;
 use crate::counters::DeviceCounters;
@@ -41,7 +42,7 @@ pub(crate) fn interrupt_line() -> Arc<EventFd> {
 
 /// An interrupt whose line nobody reads.
 pub(crate) fn interrupt() -> Interrupt {
-    Interrupt::new(interrupt_line(), Arc::new(DeviceCounters::default()))
+    Interrupt::new(Window::alone().unwrap(), interrupt_line(), Arc::new(DeviceCounters::default()))
 }
 
 /// A buffer of a chain.

@@ -10,6 +10,7 @@
 
 mod queue;
 pub mod status;
+pub mod window;
 
 use std::io;
 use std::sync::Arc;
@@ -18,9 +19,11 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::queue::{QueueSetup, set_high, set_low};
 use self::status::Transition;
+use self::window::Window;
 use super::status::DRIVER_OK;
 use super::{
-    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_VERSION_1, INTERRUPT_USED_RING,
+    Interrupt, VirtioDevice,
 };
 use crate::GuestMemory;
 use crate::counters::DeviceCounters;
@@ -75,6 +78,7 @@ const MAX_LOGGED_REFUSALS: u32 = 16;
 pub struct MmioTransport {
     memory: GuestMemory,
     device: Box<dyn VirtioDevice>,
+    window: Window,
     interrupt: Interrupt,
     reporter: Reporter,
     queues: Vec<QueueSetup>,
@@ -94,15 +98,14 @@ impl MmioTransport {
     /// Offset of `QueueNotify`, where the ioeventfds of [`MmioTransport::queue_kicks`] go.
     pub const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
 
-    /// Offset of `InterruptACK`. Reading `InterruptStatus` takes its bits away, as with virtio over PCI
-    /// (virtio 1.2, 4.1.4.5), so that what the driver writes here means nothing any more: register it
-    /// as an ioeventfd that nobody reads, and each interrupt leaves the guest for this process once
-    /// instead of twice. Nothing is lost: what happens after the read sets the bit again and
-    /// interrupts again.
-    pub const INTERRUPT_ACK: u64 = register::INTERRUPT_ACK;
+    /// Offset of `InterruptACK`, and the value by which a driver says that it has seen that buffers were
+    /// used. `InterruptStatus` goes on saying so, which makes a driver look at its queues at every
+    /// interrupt and costs nothing; so the value means nothing: register it as an ioeventfd that
+    /// nobody reads, and no interrupt leaves the guest for this process.
+    pub const USED_RING_ACK: (u64, u32) = (register::INTERRUPT_ACK, INTERRUPT_USED_RING);
 
-    /// A transport in front of `device`, which interrupts by `line`. A failure of the host while the device works is reported to
-    /// `reporter`.
+    /// A transport in front of `device`, which is seen in `window` and interrupts by `line`. A
+    /// failure of the host while the device works is reported to `reporter`.
     ///
     /// # Errors
     /// The host has no eventfd left.
@@ -110,13 +113,13 @@ impl MmioTransport {
         memory: GuestMemory,
         device: Box<dyn VirtioDevice>,
         reporter: Reporter,
-        line: Arc<dyn Line>,
+        (window, line): (Window, Arc<dyn Line>),
     ) -> io::Result<Self> {
         let event_fd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let sizes = device.queue_max_sizes();
         let kicks = sizes.iter().map(|_| event_fd()).collect::<Result<_, _>>()?;
-        let interrupt = Interrupt::new(line, Arc::new(DeviceCounters::default()));
-        Ok(MmioTransport {
+        let interrupt = Interrupt::new(window.clone(), line, Arc::new(DeviceCounters::default()));
+        let transport = MmioTransport {
             memory,
             queues: sizes.iter().map(|size| QueueSetup::new(*size)).collect(),
             kicks,
@@ -130,7 +133,34 @@ impl MmioTransport {
             unknown_features: false,
             active: false,
             logged_refusals: 0,
-        })
+            window,
+        };
+        transport.show_identity();
+        transport.show_selected();
+        Ok(transport)
+    }
+
+    /// Shows what never changes.
+    fn show_identity(&self) {
+        let window = &self.window;
+        window.set(register::MAGIC_VALUE, MAGIC);
+        window.set(register::VERSION, VERSION);
+        window.set(register::DEVICE_ID, self.device.device_id());
+        window.set(register::VENDOR_ID, VENDOR);
+        // There is no shared memory region: length and base are -1 (virtio 1.2, 4.2.2).
+        for offset in (register::SHM_LEN_LOW..=register::SHM_BASE_HIGH).step_by(4) {
+            window.set(offset, u32::MAX);
+        }
+        window.put(register::CONFIG, self.device.config());
+    }
+
+    /// Shows what depends on the driver's selections, after a write.
+    fn show_selected(&self) {
+        let queue = self.selected_queue();
+        let features = half(self.offered_features(), self.device_features_sel);
+        self.window.set(register::DEVICE_FEATURES, features);
+        self.window.set(register::QUEUE_SIZE_MAX, queue.map_or(0, |queue| queue.max_size().into()));
+        self.window.set(register::QUEUE_READY, queue.is_some_and(QueueSetup::is_ready).into());
     }
 
     /// The eventfd of each queue, in the queues' order. To be registered as ioeventfd at
@@ -168,29 +198,6 @@ impl MmioTransport {
         self.queues.get(usize::try_from(self.queue_sel).ok()?)
     }
 
-    fn read_register(&mut self, offset: u64) -> u32 {
-        match offset {
-            register::MAGIC_VALUE => MAGIC,
-            register::VERSION => VERSION,
-            register::DEVICE_ID => self.device.device_id(),
-            register::VENDOR_ID => VENDOR,
-            register::DEVICE_FEATURES => half(self.offered_features(), self.device_features_sel),
-            register::QUEUE_SIZE_MAX => {
-                self.selected_queue().map_or(0, |queue| queue.max_size().into())
-            }
-            register::QUEUE_READY => self.selected_queue().is_some_and(QueueSetup::is_ready).into(),
-            register::INTERRUPT_STATUS => self.interrupt.take_pending(),
-            register::STATUS => self.interrupt.status(),
-            // There is no shared memory region: length and base are -1 (virtio 1.2, 4.2.2).
-            register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
-            register::CONFIG_GENERATION => self.interrupt.config_generation(),
-            _ => {
-                self.refuse("read", offset, &"no such readable register");
-                0
-            }
-        }
-    }
-
     fn write_register(&mut self, offset: u64, value: u32) {
         match offset {
             register::DEVICE_FEATURES_SEL => self.device_features_sel = value,
@@ -206,8 +213,7 @@ impl MmioTransport {
             | register::QUEUE_DEVICE_LOW
             | register::QUEUE_DEVICE_HIGH => self.write_queue(offset, value),
             register::QUEUE_NOTIFY => self.notify(value),
-            // Where no ioeventfd caught it.
-            register::INTERRUPT_ACK => {}
+            register::INTERRUPT_ACK => self.interrupt.acknowledge(value),
             register::STATUS => self.write_status(value),
             _ => self.refuse("write", offset, &"no such writable register"),
         }
@@ -359,31 +365,11 @@ impl MmioTransport {
             tracing::debug!(device, access, offset, status, %why, "refused a register access");
         }
     }
-
-    /// Reads configuration space: `data` at `offset` from its start. Zeros past its end.
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.device.config();
-        let from = usize::try_from(offset).ok().and_then(|offset| config.get(offset..));
-        for (to, from) in data.iter_mut().zip(from.unwrap_or_default()) {
-            *to = *from;
-        }
-    }
 }
 
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if let Some(config_offset) = offset.checked_sub(register::CONFIG) {
-            return self.read_config(config_offset, data);
-        }
-        // The driver must use aligned 32-bit accesses (virtio 1.2, 4.2.2.2).
-        let Ok(data) = <&mut [u8; 4]>::try_from(data) else {
-            return self.refuse("read", offset, &"not 4 bytes long");
-        };
-        if !offset.is_multiple_of(4) {
-            return self.refuse("read", offset, &"not aligned");
-        }
-        *data = self.read_register(offset).to_le_bytes();
+        self.window.read(offset, data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
@@ -397,6 +383,7 @@ impl BusDevice for MmioTransport {
             return self.refuse("write", offset, &"not aligned");
         }
         self.write_register(offset, u32::from_le_bytes(data));
+        self.show_selected();
     }
 }
 
