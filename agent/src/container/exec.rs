@@ -116,18 +116,36 @@ impl Runner {
         ports: husk_proto::agent::Stdio,
     ) -> Result<Result<u32, StartFailure>, ContainerError> {
         let plan = &target.plan;
-        let (streams, child_stdio) = stdio::prepare(&ports, plan.terminal.is_some())?;
-        let Spawned { mut process, mut gate, reaped } = self.clone_exec(target, child_stdio)?;
+        let terminal = plan.terminal.is_some();
+        // Nothing has to be connected before it starts, and nothing be taken out of it.
+        let held = terminal || ports.stdin_port != 0;
+        let (streams, child_stdio) = stdio::prepare(&ports, terminal)?;
+        let oom_kills_before = target.remains.cgroup.oom_kills()?;
+        // The container may have been deleted since the name was taken; from here to the record of the
+        // new process it cannot be.
+        lock(&self.table).container(id)?;
+        let Spawned { mut process, mut gate, reaped } =
+            self.clone_exec(target, child_stdio, held)?;
         process.outcome = target.outcome.clone();
-        process.oom_kills_before = target.remains.cgroup.oom_kills()?;
+        process.oom_kills_before = oom_kills_before;
+        let pid = process.pid;
+        let streams = match held {
+            true => Some(streams),
+            false => {
+                process.relay = Relay::start(streams.without_connections(&self.transport), None)?;
+                None
+            }
+        };
         {
             let mut table = lock(&self.table);
-            // If the container has been deleted meanwhile, dropping the gate ends the new process.
             let container = table.container(id)?;
             forget_oldest(&mut container.execs);
             container.execs.insert(exec.to_owned(), process);
         }
         self.follow(id, exec, Arc::clone(&target.remains), reaped);
+        let Some(streams) = streams else {
+            return Ok(gate.open().await?.map_or(Ok(pid), Err));
+        };
         let connected = async { Ok(streams.connect(&self.transport).await?) };
         let (ready, ends) = tokio::try_join!(gate.ready(), connected)?;
         let terminal = match ready {
@@ -143,10 +161,12 @@ impl Runner {
         &self,
         target: &Target,
         stdio: [std::os::fd::OwnedFd; 3],
+        held: bool,
     ) -> Result<Spawned, ContainerError> {
         let (pidfd, cgroup) = (target.pidfd.as_fd(), &target.remains.cgroup);
         let user = target.user.then(|| Mappings::of_process(target.pid)).transpose()?;
-        let job = Job::Exec { plan: &target.plan, pidfd, kinds: target.kinds, user: user.as_ref() };
+        let (plan, kinds, user) = (&target.plan, target.kinds, user.as_ref());
+        let job = Job::Exec { plan, pidfd, kinds, user, held };
         // A container that divides its cgroup may have no process in the upper one any more
         // (cgroup v2's "no internal processes"): then go where its first process is, as runc does.
         let divided = cgroup.keyed("cgroup.stat")?.get("nr_descendants") > 0;

@@ -10,6 +10,8 @@
 //!   write one byte   --- start pipe ------> read one byte (end of file: the container is deleted)
 //!   read the report  <--- Failure or end -- execve (closes the report pipe)
 //! ```
+//!
+//! A process for which there is nothing to wait is not held back: it leaves out the two in the middle.
 
 use std::ffi::CString;
 use std::io;
@@ -38,7 +40,8 @@ pub(crate) struct Pipes {
     /// Standard input, output and error; unused with a terminal.
     pub(crate) stdio: [OwnedFd; 3],
     pub(crate) report: OwnedFd,
-    pub(crate) start: OwnedFd,
+    /// For a process that is held back.
+    pub(crate) start: Option<OwnedFd>,
 }
 
 /// What the new process is to become.
@@ -52,6 +55,8 @@ pub(crate) enum Job<'a> {
         pidfd: BorrowedFd<'a>,
         kinds: ThreadNameSpaceType,
         user: Option<&'a Mappings>,
+        /// Whether it is held back until the agent says start.
+        held: bool,
     },
 }
 
@@ -60,6 +65,13 @@ impl Job<'_> {
         match self {
             Job::Container { plan, .. } => &plan.process,
             Job::Exec { plan, .. } => plan,
+        }
+    }
+
+    pub(crate) fn is_held(&self) -> bool {
+        match self {
+            Job::Container { .. } => true,
+            Job::Exec { held, .. } => *held,
         }
     }
 }
@@ -96,13 +108,15 @@ struct Program {
 pub(crate) fn run(job: &Job<'_>, pipes: &Pipes) -> ! {
     let program = match prepare(job, pipes) {
         Ok((program, terminal)) => {
-            let number = terminal.as_ref().map(AsRawFd::as_raw_fd);
-            if send(pipes, &Report::Ready(number)).is_err() {
-                sys::exit_now(BROKEN);
+            if let Some(start) = &pipes.start {
+                let number = terminal.as_ref().map(AsRawFd::as_raw_fd);
+                if send(pipes, &Report::Ready(number)).is_err() {
+                    sys::exit_now(BROKEN);
+                }
+                wait_for_start(start);
             }
             // The agent has taken the terminal's master once it says start; it must not stay open
             // here, or the end of the terminal would never be seen.
-            wait_for_start(pipes);
             drop(terminal);
             program
         }
@@ -142,10 +156,10 @@ fn send(pipes: &Pipes, report: &Report) -> io::Result<()> {
 }
 
 /// Returns when the agent says start; ends the process if the agent closes the pipe instead.
-fn wait_for_start(pipes: &Pipes) {
+fn wait_for_start(start: &OwnedFd) {
     let mut byte = [0_u8; 1];
     loop {
-        match rustix::io::read(&pipes.start, &mut byte) {
+        match rustix::io::read(start, &mut byte) {
             Ok(0) => sys::exit_now(0),
             Ok(_) => return,
             Err(rustix::io::Errno::INTR) => {}
@@ -157,7 +171,8 @@ fn wait_for_start(pipes: &Pipes) {
 /// Everything up to the program. Returns it, and the terminal's master if there is a terminal.
 fn prepare(job: &Job<'_>, pipes: &Pipes) -> Result<(Program, Option<OwnedFd>), Trouble> {
     let mut keep: Vec<i32> = pipes.stdio.iter().map(AsRawFd::as_raw_fd).collect();
-    keep.extend([pipes.report.as_raw_fd(), pipes.start.as_raw_fd()]);
+    keep.push(pipes.report.as_raw_fd());
+    keep.extend(pipes.start.as_ref().map(AsRawFd::as_raw_fd));
     match job {
         Job::Exec { pidfd, .. } => keep.push(pidfd.as_raw_fd()),
         Job::Container { user, .. } => {

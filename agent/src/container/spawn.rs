@@ -22,9 +22,10 @@ use crate::reaper::{How, Reaped};
 use crate::stdio::Relay;
 use crate::sys::{self, Cloned};
 
-/// The agent's ends of the pipes that hold a new process back. Dropping it ends the process.
+/// The agent's ends of the pipes that hold a new process back. Dropping it ends the process, if it is
+/// held back.
 pub(super) struct Gate {
-    start: OwnedFd,
+    start: Option<OwnedFd>,
     report: pipe::Receiver,
 }
 
@@ -32,7 +33,9 @@ impl Gate {
     /// Lets the process execute its program. Returns why that failed, if it did.
     pub(super) async fn open(mut self) -> Result<Option<StartFailure>, ContainerError> {
         // If the process is gone, the report says so (or rather nothing, which its end explains).
-        if let Err(error) = rustix::io::write(&self.start, &[1]) {
+        if let Some(start) = &self.start
+            && let Err(error) = rustix::io::write(start, &[1])
+        {
             tracing::debug!(%error, "the process ended before its start");
         }
         match read_report(&mut self.report).await? {
@@ -90,7 +93,10 @@ impl Runner {
     ) -> Result<Spawned, StepError> {
         let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(step("make a pipe"));
         let (report_read, report) = pipe()?;
-        let (start, start_write) = pipe()?;
+        let (start, start_write) = match job.is_held() {
+            true => pipe().map(|(read, write)| (Some(read), Some(write)))?,
+            false => (None, None),
+        };
         let report_read =
             pipe::Receiver::from_owned_fd(report_read).map_err(step("watch the report"))?;
         let pipes = Pipes { stdio, report, start };

@@ -148,11 +148,24 @@ impl Unconnected {
             let (input, output) = tokio::try_join!(connect(stdin_port), connect(port))?;
             return Ok(Ends::Terminal { input, output });
         }
-        let later = |port| Host::Later { transport: transport.clone(), port };
-        let outputs = outputs.into_iter().map(|(port, pipe)| (pipe, later(port))).collect();
         let stdin = connect(stdin_port).await?;
-        Ok(Ends::Pipes { input: stdin.zip(input), outputs })
+        Ok(Ends::Pipes { input: stdin.zip(input), outputs: later(outputs, transport) })
     }
+
+    /// The streams of a process that has neither an input nor a terminal: nothing has to be connected
+    /// yet.
+    pub(crate) fn without_connections(self, transport: &Transport) -> Ends {
+        Ends::Pipes { input: None, outputs: later(self.outputs, transport) }
+    }
+}
+
+/// Outputs that are connected when there is something to carry.
+fn later(
+    outputs: Vec<(u32, AsyncFd<OwnedFd>)>,
+    transport: &Transport,
+) -> Vec<(AsyncFd<OwnedFd>, Host)> {
+    let later = |port| Host::Later { transport: transport.clone(), port };
+    outputs.into_iter().map(|(port, pipe)| (pipe, later(port))).collect()
 }
 
 fn null() -> Result<OwnedFd, StdioError> {
