@@ -126,6 +126,12 @@ fn up(number: u8) -> String {
     )
 }
 
+/// A ping that is answered, however slow the machine. One packet: after the first answer busybox waits
+/// for the next ones no longer than a second, and tells the end twice if that is over meanwhile.
+fn ping(args: &str) -> String {
+    format!("ping -c 1 -W 100 {args}\n")
+}
+
 /// Bytes that no offload can mistake for others.
 fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -181,7 +187,9 @@ fn a_guest_exchanges_megabytes_with_the_host() -> Result<()> {
     let script = [
         &up(0),
         "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu /sys/class/net/eth0/operstate\n",
-        "ping -c 3 10.99.0.1\nping -c 1 -s 20000 10.99.0.1\nping -c 3 fd00:99:0::1\n",
+        &ping("10.99.0.1"),
+        &ping("-s 20000 10.99.0.1"),
+        &ping("fd00:99:0::1"),
         &fetch_and_return("10.99.0.1", 7000),
     ]
     .concat();
@@ -202,7 +210,7 @@ fn several_queues_carry_several_streams_with_jumbo_frames() -> Result<()> {
     let mut script = up(0);
     script += "ls -d /sys/class/net/eth0/queues/rx-* | wc -l\n\
                cat /sys/class/net/eth0/mtu\n\
-               ping -c 2 -s 8972 10.99.0.1\n\
+               ping -c 1 -W 100 -s 8972 10.99.0.1\n\
                grep ^Ip: /proc/net/snmp | tail -n 1 | cut -d ' ' -f 20\n\
                pids=\n";
     for port in (7000..).take(streams.into()) {
@@ -270,10 +278,9 @@ fn a_guest_has_several_nics_in_their_order() -> Result<()> {
     let mut script = String::new();
     for number in 0..3 {
         script += &up(number);
-        script += &format!(
-            "cat /sys/class/net/eth{number}/address\n\
-             ping -c 2 10.99.{number}.1\nping -c 2 fd00:99:{number}::1\n"
-        );
+        script += &format!("cat /sys/class/net/eth{number}/address\n");
+        script += &ping(&format!("10.99.{number}.1"));
+        script += &ping(&format!("fd00:99:{number}::1"));
     }
     let mut guest = Guest::new(&script)?;
     for number in 0..3 {
@@ -310,7 +317,7 @@ fn a_guest_whose_tap_is_deleted_lives_on() -> Result<()> {
     own_network()?;
     let script = [
         &up(0),
-        "ping -c 1 10.99.0.1\n",
+        &ping("10.99.0.1"),
         "nc 10.99.0.1 7000 > /dev/null < /dev/null &\n",
         // Fails when none of them is answered.
         "while ping -c 5 -W 2 10.99.0.1; do :; done\n",
