@@ -114,10 +114,12 @@ impl Netns {
     /// Opens the network namespace at this path.
     ///
     /// # Errors
-    /// [`NetnsError`].
+    /// [`NetnsError::NotOne`] if it is something else, and others.
     pub fn open(path: &Path) -> Result<Self, NetnsError> {
         let file = File::open(path).map_err(failed("open", path))?;
-        Ok(Netns { path: path.to_owned(), file })
+        let netns = Netns { path: path.to_owned(), file };
+        netns.enter(|| ())?;
+        Ok(netns)
     }
 
     /// Its path.

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::cni::{
     Attachment, CONFIG_DIRECTORY, Capabilities, Cni, CniError, Limits, PLUGIN_DIRECTORIES,
@@ -117,7 +118,8 @@ pub struct Attached {
 impl Host {
     /// The host's own: configurations and plugins from the usual places, or those that the
     /// environment names as the tools of CNI have it (`NETCONFPATH`; `CNI_PATH`, which is looked
-    /// through first). `state` is where records are kept.
+    /// through first). `HUSK_CNI_TIMEOUT` is how long a plugin may take, in seconds. `state` is where
+    /// records are kept.
     #[must_use]
     pub fn of_environment(state: &Path) -> Self {
         let config_directory = std::env::var_os("NETCONFPATH").filter(|path| !path.is_empty());
@@ -126,8 +128,14 @@ impl Host {
         let named = std::env::split_paths(&named).filter(|path| path.is_absolute());
         let usual = PLUGIN_DIRECTORIES.iter().map(PathBuf::from);
         let plugin_directories = named.chain(usual).collect();
+        let mut limits = Limits::default();
+        match std::env::var("HUSK_CNI_TIMEOUT").ok().map(|text| text.parse()) {
+            None => {}
+            Some(Ok(seconds)) => limits.time = Duration::from_secs(seconds),
+            Some(Err(_)) => tracing::warn!("HUSK_CNI_TIMEOUT is no number of seconds"),
+        }
         Host {
-            cni: Cni { config_directory, plugin_directories, limits: Limits::default() },
+            cni: Cni { config_directory, plugin_directories, limits },
             records: state.join("network"),
             netns_directory: netns::DIRECTORY.into(),
         }
@@ -284,12 +292,24 @@ impl PodNetwork {
         }
         if owned {
             outcome = outcome.and(netns::delete(&netns).map_err(Into::into));
-        } else if netns.exists() {
-            let parted = Netns::open(&netns).map_err(JoinError::from).and_then(|n| join::part(&n));
-            outcome = outcome.and(parted.map_err(Into::into));
+        } else {
+            outcome = outcome.and(leave(&netns));
         }
         outcome?;
         Ok(records.remove(&self.uid)?)
+    }
+}
+
+/// Ends what was set up in a namespace of somebody else, if it is still there.
+fn leave(path: &Path) -> Result<(), NetworkError> {
+    if !path.exists() {
+        return Ok(());
+    }
+    match Netns::open(path) {
+        Ok(netns) => Ok(join::part(&netns)?),
+        // It was removed, and something else has its name.
+        Err(NetnsError::NotOne { .. }) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -87,7 +87,7 @@ fn a_namespace_is_made_entered_and_removed_any_number_of_times() {
 fn what_is_no_network_namespace_is_told() {
     let file = tempfile::NamedTempFile::new().unwrap();
     for path in [file.path(), Path::new("/proc/self/ns/mnt")] {
-        let error = Netns::open(path).unwrap().enter(|| ()).unwrap_err().to_string();
+        let error = Netns::open(path).unwrap_err().to_string();
         assert_eq!(error, format!("{} is no network namespace", path.display()));
     }
 }
