@@ -16,6 +16,7 @@ use crate::cgroup::{self, devices};
 use crate::chain;
 use crate::container::fuzzing::{check_layers, exec, plan};
 use crate::host::Host;
+use crate::net;
 use crate::pod::{self, PodInfo};
 use crate::reaper::Reaper;
 use crate::rpc::Agent;
@@ -56,7 +57,7 @@ pub fn process(bytes: &[u8]) {
 /// Decodes and checks one request: its kind is the first byte.
 pub fn request(bytes: &[u8]) {
     let Some((kind, body)) = bytes.split_first() else { return };
-    match kind % 16 {
+    match kind % 17 {
         0 => {
             if let Ok(request) = wire::SetupPodRequest::decode(body) {
                 check(&pod::check(&request).map_err(|e| e.into()));
@@ -65,6 +66,11 @@ pub fn request(bytes: &[u8]) {
         1 => {
             if let Ok(request) = wire::CreateContainerRequest::decode(body) {
                 check(&create(&request));
+            }
+        }
+        16 => {
+            if let Ok(request) = wire::UpdateNetworkRequest::decode(body) {
+                check(&net::check(&request).map_err(|e| e.into()));
             }
         }
         kind => answer(kind, body),

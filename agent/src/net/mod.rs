@@ -74,6 +74,12 @@ impl Network {
     }
 }
 
+/// Checks a request without applying it.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn check(request: &UpdateNetworkRequest) -> Result<(), NetError> {
+    Ok(Plan::of(request).map(drop)?)
+}
+
 fn failed(interface: &str, what: impl Into<String>) -> impl FnOnce(NetlinkError) -> NetError {
     let (interface, what) = (interface.to_owned(), what.into());
     move |source| NetError::Kernel { interface, what, source }

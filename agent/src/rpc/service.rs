@@ -44,6 +44,7 @@ impl Service for Agent {
         &self,
         request: Request<wire::UpdateNetworkRequest>,
     ) -> Result<Response<wire::UpdateNetworkResponse>, Status> {
+        self.ready_pod().map_err(|e| container_status(&e))?;
         self.network.update(&request.into_inner()).map_err(|e| network_status(&e))?;
         Ok(Response::new(wire::UpdateNetworkResponse {}))
     }

@@ -67,6 +67,7 @@ const fn only_running(event: &'static str) -> [Answer; 6] {
 /// Every call, and what it comes to for a container in each of [`STATES`].
 const TABLE: &[(&str, [Answer; 6])] = &[
     ("SetupPod", [SET_UP; 6]),
+    ("UpdateNetwork", [Stays; 6]),
     ("CreateContainer", [Moves(Created), EXISTS, EXISTS, EXISTS, EXISTS, EXISTS]),
     ("StartContainer", {
         let no = Impossible("Start");
@@ -114,6 +115,7 @@ const NO_POD: &[(&str, [Answer; 2])] = {
     const NEVER: Answer = Refused(Code::FailedPrecondition, "the pod could not be set up");
     &[
         ("SetupPod", [Stays, SET_UP]),
+        ("UpdateNetwork", [NOT_YET, NEVER]),
         ("CreateContainer", [NOT_YET, NEVER]),
         ("StartContainer", [ABSENT; 2]),
         ("ExecProcess", [ABSENT; 2]),
@@ -321,6 +323,11 @@ pub(crate) async fn call(guest: &Guest, rpc: &str, id: &str, exec: &str) -> Resu
                     .read_file(wire::ReadFileRequest { container_id, path, max_bytes: 9 })
                     .await?,
             );
+        }
+        "UpdateNetwork" => {
+            let lo = wire::Interface { name: "lo".into(), ..Default::default() };
+            let request = wire::UpdateNetworkRequest { interfaces: vec![lo], ..Default::default() };
+            drop(client.update_network(request).await?);
         }
         "UpdateVolume" => {
             let files = Some(files(&[("a", "x", 0o644)]));
