@@ -10,6 +10,7 @@ use anyhow::Context;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use husk_engine::paths::{Config, names, shared_file};
 use husk_engine::storage::DEFAULT_SCRATCH_BYTES;
+use husk_engine::types::Network;
 
 pub(crate) use self::image::{ImageArgs, ImageCommand, ImportArgs, ListArgs, PullArgs, RemoveArgs};
 use crate::pods::attach::AttachArgs;
@@ -234,6 +235,11 @@ pub(crate) struct RunArgs {
     /// Seconds a guest may take to become ready, plus one for each GiB of its memory
     #[arg(long, env = "HUSK_START_TIMEOUT", value_name = "SECONDS", default_value_t = 600)]
     pub(crate) start_timeout: u64,
+    /// What the pods reach: none, only themselves; default, the first network in /etc/cni/net.d, or a
+    /// bridge with addresses of its own if there is none; NAME, that network; /PATH, the interfaces
+    /// of a network namespace that is there
+    #[arg(long, env = "HUSK_NETWORK", value_name = "NETWORK", default_value = "none")]
+    pub(crate) network: NetworkArg,
     /// Size of each pod's disk (containers' writable layers, emptyDirs) in GiB; it is sparse
     #[arg(long, env = "HUSK_DISK_SIZE", value_name = "GIB", default_value_t = 10,
         value_parser = clap::value_parser!(u64).range(1..=8192))]
@@ -272,6 +278,7 @@ impl RunArgs {
             files: _,
             output: _,
             start_timeout,
+            network,
             disk_size,
             no_summary: _,
             detach: _,
@@ -282,6 +289,7 @@ impl RunArgs {
         } = self;
         let mut options = vec![
             format!("--start-timeout={start_timeout}"),
+            format!("--network={network}"),
             format!("--disk-size={disk_size}"),
             format!("--log-max-size={log_max_size}"),
             format!("--log-max-files={log_max_files}"),
@@ -289,6 +297,38 @@ impl RunArgs {
         options.extend(replace.then(|| "--replace".to_owned()));
         options.extend(debug_image.iter().map(|image| format!("--debug-image={image}")));
         options
+    }
+}
+
+/// What `--network` says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NetworkArg(pub(crate) Network);
+
+impl std::str::FromStr for NetworkArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(NetworkArg(match text {
+            "" => {
+                return Err("give none, default, the name of a network or an absolute path".into());
+            }
+            "none" => Network::Loopback,
+            "default" => Network::Cni(None),
+            path if path.starts_with('/') => Network::Netns(path.into()),
+            path if path.contains('/') => return Err("the path must be absolute".into()),
+            name => Network::Cni(Some(name.into())),
+        }))
+    }
+}
+
+impl std::fmt::Display for NetworkArg {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.0 {
+            Network::Loopback => f.write_str("none"),
+            Network::Cni(None) => f.write_str("default"),
+            Network::Cni(Some(name)) => f.write_str(name),
+            Network::Netns(path) => path.display().fmt(f),
+        }
     }
 }
 
@@ -309,6 +349,20 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+
+    #[test]
+    fn networks_are_told_apart_and_repeated_as_they_were() {
+        for (text, network) in [
+            ("none", Network::Loopback),
+            ("default", Network::Cni(None)),
+            ("podman", Network::Cni(Some("podman".into()))),
+            ("/run/netns/x", Network::Netns("/run/netns/x".into())),
+        ] {
+            let arg: NetworkArg = text.parse().expect(text);
+            assert_eq!((arg.to_string().as_str(), arg.0), (text, network));
+        }
+        assert!("".parse::<NetworkArg>().is_err() && "a/b".parse::<NetworkArg>().is_err());
+    }
 
     #[test]
     fn the_grammar_is_consistent() {

@@ -13,6 +13,7 @@ mod downward;
 pub mod guest;
 pub mod holder;
 pub mod manifest;
+pub mod network;
 pub mod oci;
 pub mod paths;
 pub mod pod;

@@ -9,6 +9,8 @@
 //! time in seconds (`_s`).
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
 
 /// A pod, ready to be run.
 ///
@@ -44,8 +46,12 @@ pub struct PodSpec {
     pub sysctls: BTreeMap<String, String>,
     /// Name of the service account (only seen through the environment: there is no token).
     pub service_account: String,
-    /// What the pod reaches.
+    /// What the pod reaches. Manifests do not say it: the door does.
     pub network: Network,
+    /// Whom its containers ask for names.
+    pub dns: Dns,
+    /// Names that its containers know without asking.
+    pub host_aliases: Vec<HostAlias>,
 }
 
 impl PodSpec {
@@ -123,6 +129,51 @@ pub enum QosClass {
 pub enum Network {
     /// Only its own loopback interface.
     Loopback,
+    /// What the plugins of a CNI network give it: of the one of this name, or of the host's default.
+    Cni(Option<String>),
+    /// The interfaces of a network namespace that somebody else made, and keeps.
+    Netns(PathBuf),
+}
+
+/// Whom a pod's containers ask for names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Dns {
+    /// What the rest is added to.
+    pub policy: DnsPolicy,
+    /// Name servers.
+    pub nameservers: Vec<IpAddr>,
+    /// Domains in which names without a dot are looked up.
+    pub searches: Vec<String>,
+    /// Options of resolvers.
+    pub options: Vec<DnsOption>,
+}
+
+/// What a pod's name servers are before it adds its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DnsPolicy {
+    /// Those of the host.
+    #[default]
+    Default,
+    /// None.
+    None,
+}
+
+/// An option of resolvers, e.g. `ndots`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DnsOption {
+    /// Its name.
+    pub name: String,
+    /// Its value, if it has one.
+    pub value: Option<String>,
+}
+
+/// Names of an address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostAlias {
+    /// The address.
+    pub ip: IpAddr,
+    /// Its names, at least one.
+    pub hostnames: Vec<String>,
 }
 
 /// Size of a virtual machine. See [`crate::sizing`] for how it follows from the pod's limits.
@@ -310,6 +361,10 @@ pub struct ContainerPort {
     pub port: u16,
     /// Its protocol.
     pub protocol: Protocol,
+    /// The port of the host that leads to it, if one does.
+    pub host_port: Option<u16>,
+    /// The address of the host on which that is; all of them if there is none.
+    pub host_ip: Option<IpAddr>,
 }
 
 /// Protocol of a port.

@@ -42,7 +42,7 @@ enum Format {
     /// A table
     #[default]
     Text,
-    /// A table with uid, process, size and images
+    /// A table with address, uid, process, size and images
     Wide,
     /// An array of objects
     Json,
@@ -100,7 +100,7 @@ fn table(pods: &[&Found], wide: bool) -> Table {
     let mut table = Table::new();
     let mut header = vec!["NAMESPACE", "NAME", "READY", "STATUS", "RESTARTS", "AGE"];
     if wide {
-        header.extend(["UID", "PID", "CPUS", "MEMORY", "IMAGES"]);
+        header.extend(["IP", "UID", "PID", "CPUS", "MEMORY", "IMAGES"]);
     }
     table.load_style(presets::NOTHING).set_header(header);
     for found in pods {
@@ -116,7 +116,10 @@ fn table(pods: &[&Found], wide: bool) -> Table {
         if wide {
             let images: Vec<&str> = pod.containers.iter().map(|c| c.image.as_str()).collect();
             let pid = if found.held { pod.pid.to_string() } else { String::new() };
-            row.extend([pod.uid.clone(), pid, pod.vcpus.to_string()]);
+            // Without a network, or not any more, it has none.
+            let ip = found.status.pod_ips.first().filter(|_| found.held);
+            let ip = ip.map(ToString::to_string).unwrap_or_default();
+            row.extend([ip, pod.uid.clone(), pid, pod.vcpus.to_string()]);
             row.extend([format!("{} MiB", pod.memory_mib), images.join(", ")]);
         }
         table.add_row(row);

@@ -1,5 +1,6 @@
 //! `husk rm`: removes pods that have ended.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use anyhow::Context;
 use clap::Args;
 use husk_engine::holder::events;
 use husk_engine::holder::record::{Found, Records};
+use husk_engine::network::{self, NetworkError};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::{EXIT_SOME_FAILED, Pods, for_each, stop, wait_released};
@@ -43,7 +45,8 @@ pub(crate) struct RmArgs {
 }
 
 pub(crate) fn run(global: &Global, args: &RmArgs) -> anyhow::Result<ExitCode> {
-    let records = Records::new(global.config()?.records_dir());
+    let config = global.config()?;
+    let (records, state_dir) = (Records::new(config.records_dir()), config.state_dir);
     let mut code = ExitCode::SUCCESS;
     if args.broken {
         for broken in records.list()?.1 {
@@ -63,16 +66,28 @@ pub(crate) fn run(global: &Global, args: &RmArgs) -> anyhow::Result<ExitCode> {
     };
     let names = if args.all { &ended } else { &args.pods };
     let failed = for_each(names, |name| {
-        remove(&records, pods.find(name)?, args.force)?;
+        remove(&records, pods.find(name)?, args.force, &state_dir)?;
         println!("{name}");
         Ok(())
     });
     Ok(if code == ExitCode::SUCCESS { failed } else { code })
 }
 
-fn remove(records: &Records, found: &Found, force: bool) -> anyhow::Result<()> {
+fn remove(records: &Records, found: &Found, force: bool, state_dir: &Path) -> anyhow::Result<()> {
     if found.held && force {
         end(found)?;
+    }
+    match network::take_back(state_dir, &found.pod.uid) {
+        Ok(()) => {}
+        // It runs: what follows says so.
+        Err(NetworkError::Held(_)) if found.held && !force => {}
+        Err(error) => {
+            let error = anyhow::Error::from(error).context("the pod's network is left");
+            if !force {
+                return Err(error);
+            }
+            eprintln!("husk: {error:#}; it is tried again with the next pod's start");
+        }
     }
     records.remove(found)?;
     husk_engine::pod::sweep_dead(&found.pod.run_dir.join("pods"))?;

@@ -119,10 +119,11 @@ pub(crate) fn hold(global: &Global, args: &HoldArgs) -> anyhow::Result<ExitCode>
     rustix::process::setsid().context("cannot begin a session")?;
     let mut text = String::new();
     std::io::stdin().lock().take(MAX_MANIFEST).read_to_string(&mut text)?;
-    let spec = manifest::parse(&text, "manifest")?
+    let mut spec = manifest::parse(&text, "manifest")?
         .into_iter()
         .find(|spec| args.pod == format!("{}/{}", spec.metadata.namespace, spec.metadata.name))
         .with_context(|| format!("there is no pod {} in the manifest", args.pod))?;
+    spec.network = args.run.network.0.clone();
     let options = pod_options(global, &args.run, false)?;
     let progress = progress(global, args.beside_others);
     let images = store_images(&options.config, progress.clone())?;

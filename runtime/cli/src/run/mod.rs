@@ -5,7 +5,7 @@ mod logs;
 mod report;
 
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,7 +40,7 @@ struct Source {
 
 /// Runs the pods of the manifests.
 pub(crate) fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCode> {
-    let pods = read_all(&args.files)?;
+    let pods = read_all(&args)?;
     if args.detach {
         return background::launch(global, &args, &pods);
     }
@@ -108,12 +108,13 @@ fn show(
 }
 
 /// The pods of all manifests. No two may have the same name.
-fn read_all(files: &[PathBuf]) -> anyhow::Result<Vec<(PodSpec, Arc<Source>)>> {
+fn read_all(args: &RunArgs) -> anyhow::Result<Vec<(PodSpec, Arc<Source>)>> {
     let mut specs: Vec<(PodSpec, Arc<Source>)> = Vec::new();
-    for file in files {
+    for file in &args.files {
         let source = Arc::new(read(file)?);
         let name = &source.name;
-        for spec in manifest::parse(&source.text, name)? {
+        for mut spec in manifest::parse(&source.text, name)? {
+            spec.network = args.network.0.clone();
             let same = |(other, _): &(PodSpec, Arc<Source>)| {
                 other.metadata.name == spec.metadata.name
                     && other.metadata.namespace == spec.metadata.namespace

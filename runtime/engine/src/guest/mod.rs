@@ -232,6 +232,19 @@ impl Guest {
         Ok(GuestInfo { kernel_release: clean(&kernel_release), init_ns, ready_ns })
     }
 
+    /// Makes the guest's network what it is told to be.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn update_network(
+        &self,
+        request: proto::UpdateNetworkRequest,
+    ) -> Result<(), GuestError> {
+        let proto::UpdateNetworkResponse {} =
+            call!(self, update_network, "UpdateNetwork", request)?;
+        Ok(())
+    }
+
     /// Makes a container up to the start of its program. Returns the process's ID in the guest.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 //!
 //! Read by other versions of husk: fields are only ever added, and unknown ones are ignored.
 
+use std::net::IpAddr;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,9 @@ pub struct StatusRecord {
     /// The same as a text.
     #[serde(default)]
     pub message: String,
+    /// The addresses by which it is reached, its own one first.
+    #[serde(default, rename = "podIPs", skip_serializing_if = "Vec::is_empty")]
+    pub pod_ips: Vec<IpAddr>,
     /// Init containers and containers, in the order of their start.
     #[serde(default)]
     pub containers: Vec<ContainerRecord>,
@@ -141,6 +145,7 @@ impl StatusRecord {
             phase: status.phase.as_str().to_owned(),
             reason: status.reason.clone(),
             message: status.message.clone(),
+            pod_ips: status.pod_ips.clone(),
             containers: status.containers.iter().map(ContainerRecord::of).collect(),
             at: timestamp(SystemTime::now()),
             guest_kernel: None,

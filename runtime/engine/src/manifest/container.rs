@@ -1,6 +1,7 @@
 //! Reads one container.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use husk_image::{Reference, ReferenceError};
 
@@ -8,7 +9,7 @@ use super::objects::Scope;
 use super::pod::{check, show_cpu, show_memory};
 use super::problem::Problems;
 use super::view::View;
-use super::{env, names, probe, security};
+use super::{dns, env, names, probe, security};
 use crate::types::{
     Amounts, ContainerKind, ContainerPort, ContainerSpec, Protocol, PullPolicy, Resources, Rootfs,
     TerminationMessage, VolumeMount, VolumeSpec,
@@ -176,9 +177,41 @@ fn read_ports(view: &View<'_>, problems: &mut Problems) -> Vec<ContainerPort> {
                     problems,
                 )
                 .unwrap_or_default(),
+            host_port: view
+                .get("hostPort")
+                .integer::<u16>(0..=u16::MAX.into(), problems)
+                .filter(|port| *port > 0),
+            host_ip: read_host_ip(&view.get("hostIP"), problems),
         });
     }
     ports
+}
+
+/// As in Kubernetes, an empty text is none.
+fn read_host_ip(view: &View<'_>, problems: &mut Problems) -> Option<IpAddr> {
+    let text = view.text(&mut problems.fork()).unwrap_or("-");
+    (!text.is_empty()).then(|| dns::read_ip(view, problems)).flatten()
+}
+
+/// Notes ports of the host that would lead to two places.
+pub(super) fn check_host_ports(
+    init_views: &[View<'_>],
+    main_views: &[View<'_>],
+    problems: &mut Problems,
+) {
+    let mut seen = BTreeSet::new();
+    for container in init_views.iter().chain(main_views) {
+        for port in read_ports(&container.get("ports"), &mut problems.fork()) {
+            let Some(number) = port.host_port else { continue };
+            let protocol = format!("{:?}", port.protocol);
+            if !seen.insert((number, protocol, port.host_ip)) {
+                let reason = "another port of this pod has this hostPort";
+                let view = container.get("ports");
+                let view = view.renamed(format!("{}[*].hostPort", view.path()));
+                view.invalid(number.to_string(), reason, problems);
+            }
+        }
+    }
 }
 
 fn read_resources(view: &View<'_>, problems: &mut Problems) -> Resources {

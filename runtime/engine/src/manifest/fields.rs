@@ -70,12 +70,34 @@ const SPEC: &[Field] = &[
     yes("serviceAccountName", "seen through `fieldRef`; there is no token. Default `default`"),
     yes("serviceAccount", "the old name of `serviceAccountName`"),
     only("automountServiceAccountToken", &[Bool(false)], "there is no API server to give a token"),
-    only("hostNetwork", &[Bool(false)], "a pod never shares the host's network, it has its VM's"),
+    only(
+        "hostNetwork",
+        &[Bool(false)],
+        "a pod has a kernel of its own, which cannot have the host's interfaces",
+    ),
     only("hostPID", &[Bool(false)], "a pod never sees the host's processes, it has its VM's"),
     only("hostIPC", &[Bool(false)], "a pod never shares the host's IPC, it has its VM's"),
     only("hostUsers", &[Bool(true)], "user namespaces inside the VM are not supported yet"),
     only("shareProcessNamespace", &[Bool(false)], "sharing it is not supported yet"),
-    only("dnsPolicy", &[Text("ClusterFirst"), Text("Default")], "others are not supported yet"),
+    yes(
+        "dnsPolicy",
+        "`ClusterFirst` (default), `ClusterFirstWithHostNet` and `Default`: the host's name servers, \
+         as there is no cluster; `None`: those of `dnsConfig` only",
+    ),
+    object(
+        "dnsConfig",
+        &[
+            yes("nameservers", "IP addresses; at most 3"),
+            yes("searches", "domains; at most 32"),
+            list("options", &[yes("name", "required"), yes("value", "")], ""),
+        ],
+        "what is added to the containers' `/etc/resolv.conf`",
+    ),
+    list(
+        "hostAliases",
+        &[yes("ip", "required"), yes("hostnames", "names of that address")],
+        "what is added to the containers' `/etc/hosts`",
+    ),
     no_effect("enableServiceLinks", "there are no services"),
     only("setHostnameAsFQDN", &[Bool(false)], "it needs a cluster's domain"),
     only("runtimeClassName", &[Text("husk")], "this is husk"),
@@ -86,9 +108,7 @@ const SPEC: &[Field] = &[
     no_effect("imagePullSecrets", "registries are asked with the user's own credentials"),
     object("os", &[only("name", &[Text("linux")], "the guest runs Linux")], ""),
     not_yet("affinity"),
-    not_yet("dnsConfig"),
     not_yet("ephemeralContainers"),
-    not_yet("hostAliases"),
     not_yet("hostnameOverride"),
     not_yet("nodeName"),
     not_yet("nodeSelector"),
@@ -173,7 +193,7 @@ macro_rules! container_fields {
             list("env", ENV, "in this order; of a repeated name, the last wins"),
             list("envFrom", ENV_FROM, "before `env`, whose variables win"),
             yes("workingDir", "an absolute path; default: the image's"),
-            list("ports", PORT, "information only: every port is open within the pod"),
+            list("ports", PORT, "every port is open, named here or not"),
             object("resources", RESOURCES, "size the container's cgroup and, together, the VM"),
             list("volumeMounts", MOUNT, ""),
             object("securityContext", SECURITY, "wins over the pod's"),
@@ -302,8 +322,8 @@ const PORT: &[Field] = &[
     yes("containerPort", "required: 1 to 65535"),
     yes("name", "unique in the container"),
     yes("protocol", "`TCP` (default), `UDP`, `SCTP`"),
-    not_yet("hostPort"),
-    not_yet("hostIP"),
+    yes("hostPort", "a port of the host that leads to it; needs a network (`--network`)"),
+    yes("hostIP", "the host's address that has the port; default: all"),
 ];
 
 const RESOURCES: &[Field] = &[

@@ -11,6 +11,7 @@
 //! ```
 
 mod container;
+mod dns;
 #[cfg(test)]
 mod docs;
 mod env;

@@ -7,7 +7,7 @@ use super::objects::{Objects, Scope};
 use super::problem::Problems;
 use super::tree::Node;
 use super::view::View;
-use super::{container, names, schema, security, volume};
+use super::{container, dns, names, schema, security, volume};
 use crate::sizing::{SizeError, vm_size};
 use crate::types::{
     ContainerKind, ContainerSpec, Network, PodMetadata, PodSpec, RestartPolicy, VmSize,
@@ -79,6 +79,7 @@ fn read_document(
         containers.push(container);
     }
     container::check_references(&containers, &init_views, &main_views, problems);
+    container::check_host_ports(&init_views, &main_views, problems);
     volume::check_references(&volumes_view, &containers, problems);
     let (init_containers, containers): (Vec<_>, Vec<_>) =
         containers.into_iter().partition(|container| container.kind != ContainerKind::Main);
@@ -113,6 +114,8 @@ fn read_document(
         sysctls: pod_security.sysctls,
         service_account: read_service_account(&spec, problems),
         network: Network::Loopback,
+        dns: dns::read(&spec, problems),
+        host_aliases: dns::read_host_aliases(&spec.get("hostAliases"), problems),
     })
 }
 

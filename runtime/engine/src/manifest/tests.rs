@@ -41,6 +41,7 @@ fn refused(text: &str, expected: &[&str]) {
 }
 
 mod checks;
+mod network;
 mod objects;
 
 #[test]
@@ -124,8 +125,20 @@ fn a_full_pod_is_read_completely() {
     assert_eq!(
         main.ports,
         [
-            ContainerPort { name: Some("http".into()), port: 80, protocol: Protocol::Tcp },
-            ContainerPort { name: None, port: 53, protocol: Protocol::Udp },
+            ContainerPort {
+                name: Some("http".into()),
+                port: 80,
+                protocol: Protocol::Tcp,
+                host_port: None,
+                host_ip: None,
+            },
+            ContainerPort {
+                name: None,
+                port: 53,
+                protocol: Protocol::Udp,
+                host_port: None,
+                host_ip: None,
+            },
         ]
     );
     let limits = Amounts { cpu_millis: Some(1500), memory: Some(128 << 20) };
@@ -433,7 +446,7 @@ fn what_a_microvm_does_not_share_is_refused_with_the_reason() {
     refused(
         &container_with("  hostNetwork: true\n  hostPID: true\n  nodeName: n\n  priority: 5"),
         &[
-            "spec.hostNetwork: true: only false is supported: a pod never shares the host's network, it has its VM's",
+            "spec.hostNetwork: true: only false is supported: a pod has a kernel of its own, which cannot have the host's interfaces",
             "spec.hostPID: true: only false is supported: a pod never sees the host's processes, it has its VM's",
             "spec.nodeName: not supported yet",
             "spec.priority: 5: only 0 is supported: nothing is scheduled",

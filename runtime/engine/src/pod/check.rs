@@ -1,6 +1,7 @@
 //! Probes and hooks as they are carried out: commands in containers by the agent's exec, and requests
 //! by [`crate::probe`].
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -8,9 +9,9 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use super::actor::{Answer, chain};
 use super::runtime::GuestRuntime;
 use super::state::ProbeKind;
-use crate::guest::{Guest, GuestError, Output, Streams, Wanted, clean};
+use crate::guest::{Guest, GuestError, Output, Streams, Tunnel, Wanted, clean};
 use crate::oci;
-use crate::probe::{self, Question};
+use crate::probe::{self, Dialer, Question};
 use crate::types::{Check, ContainerSpec, Hook};
 
 /// Most bytes of a command's output that go into a message.
@@ -23,6 +24,35 @@ const HOOK_REQUEST_LIMIT: Duration = Duration::from_secs(3600);
 const OUTPUT_GRACE: Duration = Duration::from_secs(1);
 
 const SIGKILL: u32 = 9;
+
+/// Connections within the pod's network, in which the pod's own address is the one that others
+/// reach it by, as for the kubelet. In a pod without one, it is the loopback interface's.
+struct Own<'a> {
+    guest: &'a Guest,
+    address: Option<IpAddr>,
+}
+
+impl Dialer for Own<'_> {
+    type Stream = Tunnel;
+
+    async fn dial(
+        &self,
+        address: Option<IpAddr>,
+        port: u16,
+        limit: Duration,
+    ) -> Result<Result<Tunnel, String>, GuestError> {
+        self.guest.dial(address.or(self.address), port, limit).await
+    }
+
+    async fn knock(
+        &self,
+        address: Option<IpAddr>,
+        port: u16,
+        limit: Duration,
+    ) -> Result<Result<(), String>, GuestError> {
+        self.guest.knock(address.or(self.address), port, limit).await
+    }
+}
 
 impl GuestRuntime {
     /// Puts a probe of a container once.
@@ -78,7 +108,8 @@ impl GuestRuntime {
             // Has been dealt with above.
             Check::Exec(command) => return self.command(container, command.clone()).await,
         };
-        let probe::Answer { success, message } = probe::put(self.guest(), question, limit).await?;
+        let dialer = Own { guest: self.guest(), address: self.address() };
+        let probe::Answer { success, message } = probe::put(&dialer, question, limit).await?;
         if success {
             tracing::debug!(container = container.name, message, "a server answered a check");
             return Ok(Answer::Success);

@@ -262,7 +262,8 @@ impl Task {
             }
         };
         match prepared {
-            Ok(Prepared { runtime }) => {
+            Ok(Prepared { runtime, addresses }) => {
+                machine.set_addresses(addresses);
                 let grace = Duration::from_secs(spec.termination_grace_s);
                 let status = status.clone();
                 ready.send_replace(Some(runtime.clone()));

@@ -6,13 +6,17 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
+use husk_network::join::{self, Joined};
+use husk_network::pod::{Attached, NetworkError};
 use husk_proto::agent as proto;
+use husk_vmm_api::{MAX_MTU, MAX_QUEUE_PAIRS, MIN_MTU, RateLimit};
 use tokio::sync::mpsc;
 
 use super::actor::chain;
@@ -25,12 +29,13 @@ use super::timeline::Timeline;
 use super::undo::Undo;
 use super::{PodOptions, SharedFindings};
 use crate::guest::{Guest, GuestError};
+use crate::network::{self, Attaching};
 use crate::paths::Config;
 use crate::storage::{self, Layer, Layout, StorageError};
 use crate::types::{PodSpec, Rootfs};
 use crate::vm::assets::{self, AssetError};
 use crate::vm::kvm::{self, KvmError};
-use crate::vm::{Disk, Vm, VmError, VmSpec};
+use crate::vm::{Disk, Nic, Vm, VmError, VmSpec};
 
 /// Seconds more that a guest may take for each GiB of its memory.
 const START_TIMEOUT_PER_GIB: Duration = Duration::from_secs(1);
@@ -59,6 +64,19 @@ pub enum PrepareError {
     /// The VMM cannot be started.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// It gets no network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// An interface of its network is not for a virtual machine.
+    #[error(
+        "the interface {name:?} of the pod's network has an MTU of {mtu}; it can be 68 to {MAX_MTU}"
+    )]
+    Mtu {
+        /// Which.
+        name: String,
+        /// Its MTU.
+        mtu: u32,
+    },
     /// The guest did not become ready.
     #[error(transparent)]
     Guest(#[from] GuestError),
@@ -76,6 +94,7 @@ impl PrepareError {
             PrepareError::Image(error) => (error.reason, users(spec, &error.reference)),
             PrepareError::Storage(_) => ("StorageError", Vec::new()),
             PrepareError::RunDir(_) => ("RunDirError", Vec::new()),
+            PrepareError::Network(_) | PrepareError::Mtu { .. } => ("NetworkError", Vec::new()),
             PrepareError::Vm(_) | PrepareError::Guest(_) => ("VmStartError", Vec::new()),
             PrepareError::Task(_) => ("InternalError", Vec::new()),
         };
@@ -107,6 +126,8 @@ pub(super) struct Inputs<'a> {
 /// A pod whose guest is ready for containers.
 pub(super) struct Prepared {
     pub(super) runtime: GuestRuntime,
+    /// Its addresses, its own one first.
+    pub(super) addresses: Vec<IpAddr>,
 }
 
 /// What is opened on the host before anything is started, so that what lacks is told at once.
@@ -151,12 +172,21 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
     };
     let HostFiles { kvm, kernel, initramfs, console, run_dir } = files;
     undo.push("pod directory", move || async move { drop(run_dir) });
+    network::sweep_in_background(&config.state_dir);
 
-    // At the same time: the VMM's process, and the images.
+    let attaching = match network::attach(spec, &uid, &config.state_dir, queue_pairs(spec))? {
+        Some((attaching, take_back)) => {
+            undo.push("network", move || take_back.run());
+            Some(attaching)
+        }
+        None => None,
+    };
+    // At the same time: the VMM's process, the images, and the network.
     let spawn = timeline.during("VMM spawned", Vm::spawn(&config.vmm));
     let resolve = timeline
         .during("images", images::resolve_all(images, spec, options.debug_image.as_deref()));
-    let (vm, images) = tokio::join!(spawn, resolve);
+    let attach = attached(attaching, timeline);
+    let (vm, images, attached) = tokio::join!(spawn, resolve, attach);
     let vm = vm?;
     undo.push("VM", {
         let (vm, findings) = (vm.clone(), findings.clone());
@@ -168,6 +198,12 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         }
     });
     let images = images?;
+    let (nics, snapshot, addresses) = match attached? {
+        Some(Attached { netns: _, addresses, joined: Joined { nics, snapshot } }) => {
+            (nics, Some(snapshot), addresses)
+        }
+        None => (Vec::new(), None, Vec::new()),
+    };
 
     let layers: BTreeMap<String, Vec<Layer>> =
         images.iter().map(|(name, image)| (name.clone(), image.layers.clone())).collect();
@@ -183,11 +219,19 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         initramfs,
         console,
         disks,
-        nics: Vec::new(),
+        nics: nics.into_iter().map(nic).collect::<Result<_, _>>()?,
     });
     let limit = start_limit(options.start_timeout, spec.vm.memory_mib);
     let guest = timeline.during("boot", Guest::connect(vm, agent, limit)).await?;
-    let setup = timeline.during("pod set up", guest.setup_pod(setup_request(spec, &layout)));
+    let request = setup_request(spec, &layout, &addresses).await?;
+    let setup = async {
+        let info = guest.setup_pod(request).await?;
+        if let Some(snapshot) = &snapshot {
+            guest.update_network(network::update(snapshot)).await?;
+        }
+        Ok::<_, GuestError>(info)
+    };
+    let setup = timeline.during("pod set up", setup);
     let info = match tokio::time::timeout(limit, setup).await {
         Ok(info) => info?,
         Err(_) => return Err(GuestError::NotReady { limit }.into()),
@@ -200,6 +244,8 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         spec: spec.clone(),
         uid,
         node_name: node_name(),
+        host_ips: if addresses.is_empty() { Vec::new() } else { network::host_addresses() },
+        pod_ips: addresses.clone(),
         images,
         layout,
         logs,
@@ -210,7 +256,7 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         findings: findings.clone(),
         measure: options.measure,
     });
-    Ok(Prepared { runtime })
+    Ok(Prepared { runtime, addresses })
 }
 
 async fn open_disks(config: &Config, layout: Layout) -> Result<Vec<Disk>, PrepareError> {
@@ -223,18 +269,54 @@ fn start_limit(base: Duration, memory_mib: u32) -> Duration {
     base.saturating_add(START_TIMEOUT_PER_GIB.saturating_mul(memory_mib / 1024))
 }
 
-fn setup_request(spec: &PodSpec, layout: &Layout) -> proto::SetupPodRequest {
+/// Waits for the network of a pod that gets one.
+async fn attached(
+    attaching: Option<Attaching>,
+    timeline: &Timeline,
+) -> Result<Option<Attached>, PrepareError> {
+    match attaching {
+        Some(attaching) => Ok(Some(timeline.during("network", attaching.done()).await??)),
+        None => Ok(None),
+    }
+}
+
+/// How many pairs of queues each interface has: one for each CPU, as far as the VMM has them.
+fn queue_pairs(spec: &PodSpec) -> usize {
+    usize::try_from(spec.vm.vcpus).unwrap_or(MAX_QUEUE_PAIRS).clamp(1, MAX_QUEUE_PAIRS)
+}
+
+/// An interface as the VMM gets it.
+fn nic(nic: join::Nic) -> Result<Nic, PrepareError> {
+    let join::Nic { name, mac, mtu, taps } = nic;
+    match u16::try_from(mtu) {
+        Ok(mtu) if (MIN_MTU..=MAX_MTU).contains(&mtu) => {
+            let (rx_limit, tx_limit) = (RateLimit::default(), RateLimit::default());
+            Ok(Nic { mac, mtu, taps, rx_limit, tx_limit })
+        }
+        _ => Err(PrepareError::Mtu { name, mtu }),
+    }
+}
+
+async fn setup_request(
+    spec: &Arc<PodSpec>,
+    layout: &Layout,
+    addresses: &[IpAddr],
+) -> Result<proto::SetupPodRequest, PrepareError> {
+    let resolv_conf = {
+        let spec = spec.clone();
+        tokio::task::spawn_blocking(move || network::resolv_conf(&spec)).await?
+    };
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    proto::SetupPodRequest {
+    Ok(proto::SetupPodRequest {
         hostname: spec.hostname.clone(),
         filesystems: layout.filesystems.clone(),
         volumes: layout.volumes.clone(),
         sysctls: spec.sysctls.clone().into_iter().collect(),
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
         shm_size: 0,
-        hosts: None,
-        resolv_conf: String::new(),
-    }
+        hosts: Some(network::hosts(spec, addresses)),
+        resolv_conf,
+    })
 }
 
 /// Name of this host.

@@ -2,6 +2,7 @@
 //! their output, their end.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -47,6 +48,9 @@ pub(super) struct Parts {
     pub(super) uid: String,
     /// Name of the host.
     pub(super) node_name: String,
+    /// Addresses of the host, and of the pod, its own one first; none if it has no network.
+    pub(super) host_ips: Vec<IpAddr>,
+    pub(super) pod_ips: Vec<IpAddr>,
     pub(super) images: BTreeMap<String, ResolvedImage>,
     pub(super) layout: Layout,
     pub(super) logs: mpsc::Sender<LogChunk>,
@@ -94,6 +98,11 @@ impl GuestRuntime {
         &self.0.guest
     }
 
+    /// The pod's own address, if it has one.
+    pub(super) fn address(&self) -> Option<IpAddr> {
+        self.0.pod_ips.first().copied()
+    }
+
     pub(super) fn inputs(&self) -> &Inputs {
         &self.0.inputs
     }
@@ -103,15 +112,14 @@ impl GuestRuntime {
         &self,
         container: &ContainerSpec,
     ) -> Result<oci_spec::runtime::Spec, StartFailure> {
-        let Parts { spec, uid, node_name, images, .. } = &*self.0;
+        let Parts { spec, uid, node_name, host_ips, pod_ips, images, .. } = &*self.0;
         let image = images.get(&container.name).ok_or_else(|| refused("it has no image"))?;
         let context = StartContext {
             container_id: &container.name,
             pod_uid: uid,
             node_name,
-            host_ips: &[],
-            // What the pod reaches is its own loopback interface, which has no address to name.
-            pod_ips: &[],
+            host_ips,
+            pod_ips,
         };
         oci::container_spec(spec, container, &image.config, &context)
             .map_err(|error| refused(&chain(&error)))

@@ -54,6 +54,8 @@ pub(crate) fn spec(containers: &[&str]) -> PodSpec {
         sysctls: BTreeMap::new(),
         service_account: String::new(),
         network: Network::Loopback,
+        dns: Default::default(),
+        host_aliases: Vec::new(),
     }
 }
 
@@ -69,6 +71,8 @@ pub(crate) fn access(spec: Arc<PodSpec>, guest: Option<Guest>) -> PodAccess {
             spec: spec.clone(),
             uid: "uid".into(),
             node_name: "node".into(),
+            host_ips: Vec::new(),
+            pod_ips: Vec::new(),
             images: images.collect(),
             layout: storage::Layout::default(),
             logs: mpsc::channel(1).0,

@@ -28,6 +28,7 @@ mod container;
 mod ending;
 mod probes;
 
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 pub(super) use self::container::RunId;
@@ -147,6 +148,8 @@ pub(super) struct Machine {
     containers: Vec<Container>,
     /// Whether the pod fails whatever its containers come to: its deadline is over.
     overdue: bool,
+    /// Only told: it decides nothing.
+    addresses: Vec<IpAddr>,
 }
 
 impl Machine {
@@ -157,7 +160,13 @@ impl Machine {
             stage: Stage::Preparing,
             containers: spec.all_containers().map(Container::new).collect(),
             overdue: false,
+            addresses: Vec::new(),
         }
+    }
+
+    /// Takes note of the addresses by which the pod is reached.
+    pub(super) fn set_addresses(&mut self, addresses: Vec<IpAddr>) {
+        self.addresses = addresses;
     }
 
     /// Whether nothing will happen any more.
@@ -431,6 +440,7 @@ impl Machine {
             phase,
             reason: reason.to_owned(),
             message: message.to_owned(),
+            pod_ips: self.addresses.clone(),
             containers: self.containers.iter().map(Container::status).collect(),
         }
     }

@@ -1,5 +1,6 @@
 //! What is told of a pod: its phase and the states of its containers, as Kubernetes defines them.
 
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 use crate::types::ContainerKind;
@@ -46,6 +47,9 @@ pub struct PodStatus {
     pub reason: String,
     /// The same as a text.
     pub message: String,
+    /// The addresses by which it is reached, its own one first; none if it has no network, or not
+    /// yet.
+    pub pod_ips: Vec<IpAddr>,
     /// Init containers and containers, in the order of their start.
     pub containers: Vec<ContainerStatus>,
 }

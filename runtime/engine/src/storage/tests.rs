@@ -23,6 +23,8 @@ fn spec(volumes: &[(Medium, Option<u64>)]) -> PodSpec {
         sysctls: BTreeMap::new(),
         service_account: String::new(),
         network: Network::Loopback,
+        dns: Default::default(),
+        host_aliases: Vec::new(),
     }
 }
 

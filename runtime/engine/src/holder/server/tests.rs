@@ -148,6 +148,7 @@ impl Pod {
             phase: PodPhase::Running,
             reason: String::new(),
             message: String::new(),
+            pod_ips: Vec::new(),
             containers: vec![main],
         };
         let (ended, end) = watch::channel(None);
@@ -396,6 +397,7 @@ async fn the_end_of_the_pod_answers_who_waits_and_nobody_else() {
         phase: PodPhase::Pending,
         reason: String::new(),
         message: String::new(),
+        pod_ips: Vec::new(),
         containers: Vec::new(),
     };
     let server = tokio::spawn(serve(

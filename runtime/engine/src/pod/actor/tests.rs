@@ -178,6 +178,8 @@ fn spec(policy: RestartPolicy, sidecars: usize, mains: usize) -> PodSpec {
         sysctls: std::collections::BTreeMap::new(),
         service_account: String::new(),
         network: Network::Loopback,
+        dns: Default::default(),
+        host_aliases: Vec::new(),
     }
 }
 

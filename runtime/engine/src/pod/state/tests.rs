@@ -29,6 +29,7 @@ fn machine(policy: RestartPolicy, kinds: &[ContainerKind]) -> Machine {
         stage: Stage::Preparing,
         containers: kinds.iter().enumerate().map(container).collect(),
         overdue: false,
+        addresses: Vec::new(),
     }
 }
 
@@ -76,6 +77,8 @@ fn a_new_machine_of_a_specification_is_pending() {
         sysctls: std::collections::BTreeMap::new(),
         service_account: String::new(),
         network: crate::types::Network::Loopback,
+        dns: Default::default(),
+        host_aliases: Vec::new(),
     };
     let machine = Machine::new(&spec);
     assert_eq!(machine.grace, Duration::from_secs(7));
