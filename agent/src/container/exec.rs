@@ -13,8 +13,8 @@ use super::spawn::{Spawned, take_master};
 use super::state::{self, Event};
 use super::user_namespace::Mappings;
 use super::{
-    ContainerError, MAX_ENDED_EXECS, Outcome, Process, Remains, Runner, StartFailure, check_name,
-    spec,
+    Container, ContainerError, MAX_ENDED_EXECS, Outcome, Process, Remains, Runner, StartFailure,
+    Table, check_name, spec,
 };
 use crate::cgroup::Cgroup;
 use crate::lock;
@@ -40,6 +40,21 @@ struct Target {
     pidfd: Arc<std::os::fd::OwnedFd>,
     /// Where the new process's end will be told.
     outcome: watch::Sender<Outcome>,
+}
+
+impl Target {
+    /// The container, unless it has been deleted: another one may have its name by now.
+    fn container<'t>(
+        &self,
+        table: &'t mut Table,
+        id: &str,
+    ) -> Result<&'t mut Container, ContainerError> {
+        let container = table.container(id)?;
+        match Arc::ptr_eq(&container.remains, &self.remains) {
+            true => Ok(container),
+            false => Err(ContainerError::NoContainer(id.to_owned())),
+        }
+    }
 }
 
 impl Runner {
@@ -69,7 +84,7 @@ impl Runner {
     ) -> Result<Result<u32, StartFailure>, ContainerError> {
         let ExecReserved { id, exec, target, ports } = reserved;
         let result = self.exec_reserved(&id, &exec, &target, ports).await;
-        if let Some(container) = lock(&self.table).containers.get_mut(&id) {
+        if let Ok(container) = target.container(&mut lock(&self.table), &id) {
             container.execs_starting.remove(&exec);
             if !matches!(result, Ok(Ok(_))) {
                 container.execs.remove(&exec);
@@ -123,7 +138,7 @@ impl Runner {
         let oom_kills_before = target.remains.cgroup.oom_kills()?;
         // The container may have been deleted since the name was taken; from here to the record of the
         // new process it cannot be.
-        lock(&self.table).container(id)?;
+        target.container(&mut lock(&self.table), id)?;
         let Spawned { mut process, mut gate, reaped } =
             self.clone_exec(target, child_stdio, held)?;
         process.outcome = target.outcome.clone();
@@ -138,7 +153,7 @@ impl Runner {
         };
         {
             let mut table = lock(&self.table);
-            let container = table.container(id)?;
+            let container = target.container(&mut table, id)?;
             forget_oldest(&mut container.execs);
             container.execs.insert(exec.to_owned(), process);
         }
