@@ -20,5 +20,6 @@ pub mod pod;
 mod probe;
 pub mod sizing;
 pub mod storage;
+mod task;
 pub mod types;
 pub mod vm;

@@ -212,7 +212,6 @@ mod check;
 mod control;
 mod kernel_log;
 mod process;
-mod task;
 mod tunnel;
 
 pub use process::{ProcessEnd, ProcessExit};

@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime};
 
 use husk_proto::agent::{self as proto, exec_process_response};
 
-use super::task::Task;
 use super::{Guest, GuestError, StartFailure, start_failure};
+use crate::task::Task;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

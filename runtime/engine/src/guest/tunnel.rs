@@ -12,9 +12,8 @@ use husk_proto::agent::{self as proto, Connected};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 
-use super::task::Task;
 use super::{Guest, GuestError, clean};
-use crate::probe::Dialer;
+use crate::task::Task;
 
 /// Longest time-out that the agent takes, in ms.
 const MAX_TIMEOUT_MS: u64 = 24 * 3600 * 1000;
@@ -103,28 +102,6 @@ fn request(
     // The protocol's word for the pod's own address is none at all.
     let host = address.map(|address| address.to_string()).unwrap_or_default();
     proto::DialRequest { host, port: port.into(), stream_port, timeout_ms }
-}
-
-impl Dialer for Guest {
-    type Stream = Tunnel;
-
-    async fn dial(
-        &self,
-        address: Option<IpAddr>,
-        port: u16,
-        limit: Duration,
-    ) -> Result<Result<Tunnel, String>, GuestError> {
-        self.dial(address, port, limit).await
-    }
-
-    async fn knock(
-        &self,
-        address: Option<IpAddr>,
-        port: u16,
-        limit: Duration,
-    ) -> Result<Result<(), String>, GuestError> {
-        self.knock(address, port, limit).await
-    }
 }
 
 impl AsFd for Tunnel {

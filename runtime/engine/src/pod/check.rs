@@ -12,6 +12,7 @@ use super::state::ProbeKind;
 use crate::guest::{Guest, GuestError, Output, Streams, Tunnel, Wanted, clean};
 use crate::oci;
 use crate::probe::{self, Dialer, Question};
+use crate::task::Task;
 use crate::types::{Check, ContainerSpec, Hook};
 
 /// Most bytes of a command's output that go into a message.
@@ -154,7 +155,8 @@ impl GuestRuntime {
             Err(error) => return unknown(chain(&error)),
         };
         let Streams { stdin: _, stdout, stderr } = streams;
-        let output = tokio::spawn(async move {
+        // Given up with this question: nobody tells any more that a silent command has ended.
+        let output = Task::spawn(async move {
             let (stdout, stderr) = tokio::join!(read(Some(stdout)), read(stderr));
             [stdout, stderr].concat()
         });
