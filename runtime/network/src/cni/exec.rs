@@ -17,6 +17,12 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use super::Limits;
 
+/// Longest single wait of a poll.
+const MAX_POLL: Duration = Duration::from_secs(3600);
+
+/// Longest time that a plugin may be given: a month, which is for ever.
+const MAX_TIME: Duration = Duration::from_secs(31 * 24 * 3600);
+
 /// How much is read at once.
 const CHUNK: usize = 16 * 1024;
 
@@ -156,7 +162,7 @@ impl<'a> Watch<'a> {
             stdout: Output::new(child.stdout.take().ok_or_else(missing)?)?,
             stderr: Output::new(child.stderr.take().ok_or_else(missing)?)?,
             limits,
-            deadline: now.checked_add(limits.time).unwrap_or(now),
+            deadline: now.checked_add(limits.time.min(MAX_TIME)).unwrap_or(now),
         })
     }
 
@@ -186,7 +192,10 @@ impl<'a> Watch<'a> {
         for output in [&self.stdout, &self.stderr] {
             all.extend(output.pipe.as_ref().map(|pipe| PollFd::new(pipe, PollFlags::IN)));
         }
-        let limit = Timespec::try_from(left).unwrap_or_default();
+        // It is waited again until the deadline.
+        let left = left.min(MAX_POLL);
+        let limit =
+            Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
         match poll(&mut all, Some(&limit)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(ExecError::Watch(errno.into())),
