@@ -251,6 +251,7 @@ impl Relay {
             // There are two at most.
             let mut places = unused.iter_mut();
             for output in outputs {
+                // One that was aborted is not complete.
                 let carried = output.await.unwrap_or_default();
                 complete &= carried.complete;
                 if let (Some(port), Some(place)) = (carried.unused, places.next()) {

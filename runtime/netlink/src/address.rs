@@ -53,8 +53,8 @@ pub struct Address {
 impl Address {
     fn message(&self, kind: u16, flags: u16) -> Message {
         let Address { link, ip, prefix_len, peer, broadcast, scope, flags: own } = self;
-        let low = own.to_ne_bytes();
-        let low = low.first().copied().unwrap_or_default();
+        // All of them are in the attribute; the field of old has room for the lowest eight.
+        let [low, ..] = own.to_le_bytes();
         let mut fixed = vec![family(*ip), *prefix_len, low, *scope];
         fixed.extend_from_slice(&link.to_ne_bytes());
         let mut message = Message::new(kind, flags, &fixed);

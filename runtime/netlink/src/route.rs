@@ -100,9 +100,9 @@ impl Hop {
         let mut gateway = Message::new(0, 0, &[]);
         self.gateway_attribute(destination, &mut gateway);
         let length = u16::try_from(HOP.saturating_add(gateway.body().len())).unwrap_or(u16::MAX);
-        let flags = self.flags().to_ne_bytes();
+        let [flags, ..] = self.flags().to_le_bytes();
         let mut bytes = length.to_ne_bytes().to_vec();
-        bytes.extend([flags.first().copied().unwrap_or_default(), self.weight]);
+        bytes.extend([flags, self.weight]);
         bytes.extend(self.link.to_ne_bytes());
         bytes.extend_from_slice(gateway.body());
         bytes
@@ -113,6 +113,7 @@ impl Route {
     fn message(&self, kind: u16, flags: u16) -> Message {
         let Route { destination, prefix_len, source, table, .. } = self;
         let single = (self.hops.len() == 1).then(|| self.hops.first()).flatten();
+        // One with a greater number is in the attribute, and 0 (RT_TABLE_UNSPEC) here.
         let small_table = u8::try_from(*table).unwrap_or_default();
         let mut fixed = vec![family(*destination), *prefix_len, 0, 0];
         fixed.extend([small_table, self.protocol, self.scope, self.kind]);
@@ -172,6 +173,7 @@ fn read_hops(mut bytes: &[u8]) -> Option<Vec<Hop>> {
             onlink: u32::from(flags) & ONLINK != 0,
             weight,
         });
+        // The last one need not be padded.
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
     Some(hops)

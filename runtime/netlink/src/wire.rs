@@ -155,6 +155,7 @@ pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
         let length = usize::from(u16_at(bytes, 0)?);
         let kind = u16_at(bytes, 2)? & !TYPE_FLAGS;
         let value = bytes.get(ATTRIBUTE_HEADER..length)?;
+        // The last one need not be padded.
         bytes = bytes.get(aligned(length)..).unwrap_or_default();
         Some((kind, value))
     })

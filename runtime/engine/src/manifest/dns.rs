@@ -29,9 +29,10 @@ pub(super) fn read(spec: &View<'_>, problems: &mut Problems) -> Dns {
         return dns;
     }
     let servers = config.get("nameservers");
-    dns.nameservers = servers.items(problems).iter().filter_map(|v| read_ip(v, problems)).collect();
-    if dns.nameservers.len() > MAX_NAMESERVERS {
-        let count = dns.nameservers.len().to_string();
+    let items = servers.items(problems);
+    dns.nameservers = items.iter().filter_map(|v| read_ip(v, problems)).collect();
+    if items.len() > MAX_NAMESERVERS {
+        let count = items.len().to_string();
         servers.invalid(count, format!("must be at most {MAX_NAMESERVERS}"), problems);
     }
     if policy == DnsPolicy::None && servers.items(&mut problems.fork()).is_empty() {

@@ -22,12 +22,8 @@ pub(crate) use self::files::hosts;
 pub(crate) use self::tell::update;
 use crate::types::{Network, PodSpec, Protocol};
 
-/// A pod's network that is being made, or was: it is taken back by [`Attaching::undo`].
-pub(crate) struct Attaching {
-    pod: Arc<PodNetwork>,
-    stop: Stop,
-    work: JoinHandle<Result<Attached, NetworkError>>,
-}
+/// A pod's network that is being made, or was: its [`Undo`] takes it back.
+pub(crate) struct Attaching(JoinHandle<Result<Attached, NetworkError>>);
 
 /// How a network is taken back.
 pub(crate) struct Undo {
@@ -74,15 +70,13 @@ pub(crate) fn attach(
             attached
         })
     };
-    let undo = Undo { pod: pod.clone(), stop: stop.clone(), idle };
-    Ok(Some((Attaching { pod, stop, work }, undo)))
+    Ok(Some((Attaching(work), Undo { pod, stop, idle })))
 }
 
 impl Attaching {
     /// Waits for it.
     pub(crate) async fn done(self) -> Result<Result<Attached, NetworkError>, JoinError> {
-        let Attaching { pod: _pod, stop: _stop, work } = self;
-        work.await
+        self.0.await
     }
 }
 

@@ -42,7 +42,7 @@ fn what_cannot_be_a_name_server_or_a_port_is_named() {
             "spec.containers[0].ports[0].hostPort: 70000: must be 0 to 65535",
             "spec.containers[0].ports[0].hostIP: here: must be an IP address",
             "spec.dnsPolicy: Else: must be one of: ClusterFirst, ClusterFirstWithHostNet, Default, None",
-            "spec.dnsConfig.nameservers: 4: must be at most 3",
+            "spec.dnsConfig.nameservers: 5: must be at most 3",
             "spec.dnsConfig.nameservers[0]: 10.0.0: must be an IP address",
             "spec.dnsConfig.searches[0]: a b: must be a DNS subdomain name: \
              at most 253 of a-z, 0-9, '-' and '.', every part beginning and ending with a \
