@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::cni::{
     Attachment, CONFIG_DIRECTORY, Capabilities, Cni, CniError, Limits, PLUGIN_DIRECTORIES,
@@ -20,6 +20,9 @@ const INTERFACE: &str = "eth0";
 
 /// Before a pod's uid in names of the host: of namespaces, and of containers to plugins.
 const PREFIX: &str = "husk-";
+
+/// How often somebody who waits for a pod's network looks again.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// Why a pod has no network, or still has one.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +48,9 @@ pub enum NetworkError {
         why: String,
     },
     /// Another process has it.
-    #[error("the network of the pod {0:?} is in use by another process")]
+    #[error(
+        "the network of the pod {0:?} is in use by another process: try again when that has ended"
+    )]
     Held(String),
     /// A call cannot be given up later.
     #[error("cannot make a means of stopping plugins")]
@@ -154,6 +159,23 @@ impl Host {
         match self.records().lock(uid)? {
             Some(lock) => Ok(PodNetwork { host: self.clone(), uid: uid.to_owned(), _lock: lock }),
             None => Err(NetworkError::Held(uid.to_owned())),
+        }
+    }
+
+    /// As [`Self::pod`], but waits this long for the process that has it: one that was killed lets
+    /// go of its files one after the other, and one that takes it back does so when it has done that.
+    ///
+    /// # Errors
+    /// As [`Self::pod`].
+    pub fn pod_within(&self, uid: &str, patience: Duration) -> Result<PodNetwork, NetworkError> {
+        let begun = Instant::now();
+        loop {
+            match self.pod(uid) {
+                Err(NetworkError::Held(_)) if begun.elapsed() < patience => {
+                    std::thread::sleep(RETRY);
+                }
+                held => return held,
+            }
         }
     }
 
@@ -325,4 +347,22 @@ fn arguments(uid: &str, id: &str, request: &Request) -> Vec<(String, String)> {
     ]
     .map(|(name, value)| (name.to_owned(), value.to_owned()))
     .to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_that_another_process_lets_go_of_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let host = Host::of_environment(directory.path());
+        let held = host.pod("a").unwrap();
+        let nobody = host.pod_within("a", Duration::from_millis(50));
+        assert!(matches!(nobody, Err(NetworkError::Held(uid)) if uid == "a"));
+        let waiting = std::thread::spawn(move || host.pod_within("a", Duration::from_secs(600)));
+        std::thread::sleep(Duration::from_millis(50));
+        drop(held);
+        waiting.join().unwrap().unwrap();
+    }
 }

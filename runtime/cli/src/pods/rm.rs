@@ -17,6 +17,10 @@ use crate::args::Global;
 /// How long a pod may take to end after it was killed, before its process is.
 const KILL_LIMIT: Duration = Duration::from_secs(90);
 
+/// How long whoever else takes a pod's network back may take: the process that was killed, or another
+/// husk that found it dead.
+const NETWORK_LIMIT: Duration = Duration::from_secs(30);
+
 /// How long a process may take to be gone after SIGKILL.
 const GONE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -77,10 +81,12 @@ fn remove(records: &Records, found: &Found, force: bool, state_dir: &Path) -> an
     if found.held && force {
         end(found)?;
     }
-    match network::take_back(state_dir, &found.pod.uid) {
+    let runs = found.held && !force;
+    let patience = if runs { Duration::ZERO } else { NETWORK_LIMIT };
+    match network::take_back(state_dir, &found.pod.uid, patience) {
         Ok(()) => {}
-        // It runs: what follows says so.
-        Err(NetworkError::Held(_)) if found.held && !force => {}
+        // What follows says so.
+        Err(NetworkError::Held(_)) if runs => {}
         Err(error) => {
             let error = anyhow::Error::from(error).context("the pod's network is left");
             if !force {

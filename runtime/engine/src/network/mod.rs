@@ -10,6 +10,7 @@ mod tell;
 use std::net::{IpAddr, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use husk_network::cni::{Capabilities, PortMapping, Stop};
 pub use husk_network::pod::NetworkError;
@@ -126,12 +127,13 @@ pub(crate) fn sweep_in_background(state_dir: &Path) {
     }
 }
 
-/// Takes the network of a pod back that has no process any more. Blocks as long as plugins take.
+/// Takes the network of a pod back that has no process any more. Blocks as long as plugins take,
+/// after it waited for whoever has the network up to `patience`.
 ///
 /// # Errors
 /// [`NetworkError`]. It stays recorded then, and can be tried again.
-pub fn take_back(state_dir: &Path, uid: &str) -> Result<(), NetworkError> {
-    Host::of_environment(state_dir).pod(uid)?.detach()
+pub fn take_back(state_dir: &Path, uid: &str, patience: Duration) -> Result<(), NetworkError> {
+    Host::of_environment(state_dir).pod_within(uid, patience)?.detach()
 }
 
 /// What is asked of plugins that are capable of it.
