@@ -24,6 +24,7 @@ use crate::pods::inspect::InspectArgs;
 use crate::pods::kill::KillArgs;
 use crate::pods::logs::LogsArgs;
 use crate::pods::pause::{PauseArgs, UnpauseArgs};
+use crate::pods::port_forward::PortForwardArgs;
 use crate::pods::ps::PsArgs;
 use crate::pods::rm::RmArgs;
 use crate::pods::stats::StatsArgs;
@@ -66,6 +67,7 @@ pub(crate) enum Command {
     Debug(DebugArgs),
     Attach(AttachArgs),
     Cp(CpArgs),
+    PortForward(PortForwardArgs),
     Stop(StopArgs),
     Kill(KillArgs),
     Wait(WaitArgs),

@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         Command::Debug(args) => pods::debug::run(&global, args),
         Command::Attach(args) => pods::attach::run(&global, &args),
         Command::Cp(args) => pods::cp::run(&global, &args),
+        Command::PortForward(args) => pods::port_forward::run(&global, &args),
         Command::Stop(args) => pods::stop::run(&global, &args),
         Command::Kill(args) => pods::kill::run(&global, &args),
         Command::Wait(args) => pods::wait::run(&global, &args),

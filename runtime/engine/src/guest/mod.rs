@@ -14,6 +14,7 @@ use std::time::Duration;
 use husk_proto::agent::agent_client::AgentClient;
 use husk_proto::agent::{self as proto, create_container_response};
 use husk_proto::ports;
+use tokio::sync::Semaphore;
 use tonic::Code;
 use tonic::transport::Channel;
 
@@ -28,6 +29,10 @@ const MAX_ANSWER: usize = 1024 * 1024;
 
 /// Longest text of the guest that goes into a message, in characters.
 const MAX_TEXT: usize = 4096;
+
+/// Most forwarded connections at once. The agent has 128 in all: the rest is for probes,
+/// which must not fail because of them.
+const MAX_FORWARDS: usize = 96;
 
 /// How long the VM may take to be seen ended after the agent's connection broke.
 const END_GRACE: Duration = Duration::from_secs(5);
@@ -73,6 +78,9 @@ pub enum GuestError {
         /// The agent's reason.
         message: String,
     },
+    /// As many ports are forwarded as there can be.
+    #[error("there are {MAX_FORWARDS} forwarded connections already")]
+    TooManyForwards,
     /// The agent's answer makes no sense.
     #[error("the agent's answer to {rpc} makes no sense: {what}")]
     Nonsense {
@@ -88,7 +96,7 @@ impl GuestError {
     #[must_use]
     pub fn is_fatal(&self) -> bool {
         match self {
-            GuestError::Refused { .. } => false,
+            GuestError::Refused { .. } | GuestError::TooManyForwards => false,
             GuestError::Ended(_)
             | GuestError::Vm(_)
             | GuestError::NotReady { .. }
@@ -133,6 +141,8 @@ pub struct Guest {
     vm: Vm,
     client: AgentClient<Channel>,
     next_port: Arc<AtomicU32>,
+    /// Places for forwarded connections.
+    forwards: Arc<Semaphore>,
 }
 
 impl Guest {
@@ -158,7 +168,8 @@ impl Guest {
         let client = AgentClient::new(channel.map_err(GuestError::Connect)?)
             .max_decoding_message_size(MAX_ANSWER);
         let next_port = Arc::new(AtomicU32::new(ports::FIRST_STREAM));
-        Ok(Guest { vm, client, next_port })
+        let forwards = Arc::new(Semaphore::new(MAX_FORWARDS));
+        Ok(Guest { vm, client, next_port, forwards })
     }
 
     /// The guest's VM.
@@ -215,7 +226,7 @@ mod process;
 mod tunnel;
 
 pub use process::{ProcessEnd, ProcessExit};
-pub use tunnel::Tunnel;
+pub use tunnel::{Loopback, Tunnel};
 
 impl Guest {
     /// Makes the pod's shared world. Once, and first.

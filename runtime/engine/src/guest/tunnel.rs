@@ -1,7 +1,7 @@
 //! Connections to servers in the pod's network, made by the agent and carried here (docs/adr/0017).
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
@@ -11,6 +11,7 @@ use husk_proto::agent::dial_response::Result as Wire;
 use husk_proto::agent::{self as proto, Connected};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{Guest, GuestError, clean};
 use crate::task::Task;
@@ -18,17 +19,63 @@ use crate::task::Task;
 /// Longest time-out that the agent takes, in ms.
 const MAX_TIMEOUT_MS: u64 = 24 * 3600 * 1000;
 
+/// How long a server on the loopback interface may take to accept a forwarded connection. It refuses
+/// at once; one whose queue is full is waited for.
+const FORWARD_LIMIT: Duration = Duration::from_secs(60);
+
+/// Which loopback address of the guest is tried first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loopback {
+    /// 127.0.0.1
+    V4,
+    /// ::1
+    V6,
+}
+
+impl Loopback {
+    fn both(self) -> [IpAddr; 2] {
+        let (v4, v6) = (Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into());
+        match self {
+            Loopback::V4 => [v4, v6],
+            Loopback::V6 => [v6, v4],
+        }
+    }
+}
+
 /// A connection to a server in the pod's network.
 ///
 /// What is shut down for writing ends there too, and the other way round. Dropping it ends the
-/// connection at once, also in the guest: who wants all that was written to arrive shuts it down and
-/// reads to the end first.
+/// connection at once, also in the guest: who wants all that was written to arrive shuts it down,
+/// reads to the end, and [finishes](Tunnel::finish) it.
 #[derive(Debug)]
 pub struct Tunnel {
     stream: UnixStream,
     /// The agent carries bytes as long as its call is not given up.
-    _call: Option<Task<Result<Result<(), String>, GuestError>>>,
+    call: Option<Task<Result<Result<(), String>, GuestError>>>,
+    /// Its place among the forwarded ones.
+    place: Option<OwnedSemaphorePermit>,
 }
+
+impl Tunnel {
+    /// Waits until the server has got all that was written, as far as it takes it: for one that was
+    /// shut down for writing and read to its end.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn finish(self) -> Result<(), GuestError> {
+        let Tunnel { stream, call, place: _counted } = self;
+        let Some(call) = call else { return Ok(()) };
+        let answer = call.await;
+        drop(stream);
+        match answer {
+            Ok(answer) => answer.map(drop),
+            Err(_) => Err(CUT_OFF),
+        }
+    }
+}
+
+/// Of a call whose task is gone.
+const CUT_OFF: GuestError = GuestError::Nonsense { rpc: "Dial", what: "the call was cut off" };
 
 impl Guest {
     /// Connects to a server from within the pod's network; `None` is the pod's own address. Or says
@@ -50,7 +97,7 @@ impl Guest {
             biased;
             stream = &mut connected => {
                 let stream = stream.map_err(GuestError::Vm)?;
-                return Ok(Ok(Tunnel { stream, _call: Some(call) }));
+                return Ok(Ok(Tunnel { stream, call: Some(call), place: None }));
             }
             answer = &mut call => answer,
         };
@@ -60,10 +107,32 @@ impl Guest {
             // It came, it was at its end at once, and word of that was faster.
             Ok(Ok(Ok(()))) => {
                 let stream = connected.await.map_err(GuestError::Vm)?;
-                Ok(Ok(Tunnel { stream, _call: None }))
+                Ok(Ok(Tunnel { stream, call: None, place: None }))
             }
-            Err(_) => Err(GuestError::Nonsense { rpc: "Dial", what: "the call was cut off" }),
+            Err(_) => Err(CUT_OFF),
         }
+    }
+
+    /// Connects to a server in the guest, on one loopback address or else on the other: it may
+    /// listen on either, or on all addresses. Or says why it does not accept.
+    ///
+    /// # Errors
+    /// [`GuestError`]; [`GuestError::TooManyForwards`] if there are.
+    pub async fn forward(
+        &self,
+        port: u16,
+        first: Loopback,
+    ) -> Result<Result<Tunnel, String>, GuestError> {
+        let place = self.forwards.clone().try_acquire_owned();
+        let place = place.map_err(|_| GuestError::TooManyForwards)?;
+        let mut refusals = Vec::new();
+        for address in first.both() {
+            match self.dial(Some(address), port, FORWARD_LIMIT).await? {
+                Ok(tunnel) => return Ok(Ok(Tunnel { place: Some(place), ..tunnel })),
+                Err(why) => refusals.push(why),
+            }
+        }
+        Ok(Err(refusals.join("; ")))
     }
 
     /// Sees whether a server accepts, as [`Guest::dial`], or why not.

@@ -8,6 +8,7 @@ use husk_proto::pod::pod_client::PodClient;
 use tonic::transport::Channel;
 pub use tonic::{Code, Status, Streaming};
 
+use super::MAX_CALLS;
 use super::record::Found;
 use super::socket;
 use crate::channel;
@@ -88,7 +89,10 @@ pub async fn connect(found: &Found) -> Result<Client, ClientError> {
         Ok(stream) => stream,
         Err(source) => return Err(ClientError::Unreachable { name, pid, source }),
     };
-    match channel::over(stream, channel::nameless()).await {
+    let endpoint = channel::nameless()
+        .initial_stream_window_size(CALL_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW);
+    match channel::over(stream, endpoint).await {
         Ok(channel) => Ok(PodClient::new(channel).max_decoding_message_size(MAX_ANSWER)),
         Err(source) => Err(ClientError::Connect { name, pid, source }),
     }
@@ -96,3 +100,8 @@ pub async fn connect(found: &Found) -> Result<Client, ClientError> {
 
 /// Largest answer, in bytes.
 const MAX_ANSWER: usize = 4 * 1024 * 1024;
+
+/// How much of a call, and of all calls, the pod's process may send ahead, in bytes: a call whose
+/// answers are not taken does not hold up the others.
+const CALL_WINDOW: u32 = 256 * 1024;
+const CONNECTION_WINDOW: u32 = CALL_WINDOW * MAX_CALLS;

@@ -33,6 +33,9 @@ use crate::types::PodSpec;
 
 pub(crate) use crate::pod::chain;
 
+/// Most calls at once on a command's connection.
+pub const MAX_CALLS: u32 = 64;
+
 /// How a pod is held.
 #[derive(Debug, Clone)]
 pub struct HoldOptions {

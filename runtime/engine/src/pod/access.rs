@@ -15,7 +15,8 @@ use super::debug::Remover;
 use super::input::Input;
 use super::runtime::GuestRuntime;
 use crate::guest::{
-    Guest, GuestError, KernelLog, Output, ProcessEnd, ProcessExit, StartFailure, Streams, Wanted,
+    Guest, GuestError, KernelLog, Loopback, Output, ProcessEnd, ProcessExit, StartFailure, Streams,
+    Tunnel, Wanted,
 };
 use crate::types::{ContainerSpec, PodSpec};
 use crate::vm::Accept;
@@ -241,6 +242,18 @@ impl PodAccess {
     pub async fn set_paused(&self, container: &str, paused: bool) -> Result<(), AccessError> {
         self.container(container)?;
         Ok(self.guest()?.set_paused(container, paused).await?)
+    }
+
+    /// Connects to a server in the guest, as [`Guest::forward`].
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub async fn forward(
+        &self,
+        port: u16,
+        first: Loopback,
+    ) -> Result<Result<Tunnel, String>, AccessError> {
+        Ok(self.guest()?.forward(port, first).await?)
     }
 
     /// Begins to take a file or tree out of a container, as a tar archive.

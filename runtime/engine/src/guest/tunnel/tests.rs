@@ -12,6 +12,7 @@ use tonic::Code;
 use tonic::{Request, Response, Status};
 
 use super::*;
+use crate::guest::MAX_FORWARDS;
 use crate::vm::tests::{connection, vm_in_hand};
 
 const LIMIT: Duration = Duration::from_secs(100);
@@ -25,11 +26,13 @@ struct Plan {
     when: Arc<Notify>,
     /// Told when a request was given up or answered.
     over: Arc<Notify>,
+    /// Hosts of which it says at once that they do not accept.
+    refuses: &'static [&'static str],
 }
 
 impl Plan {
     fn new(connects: bool, answer: Result<Option<Wire>, Code>) -> Self {
-        Plan { connects, answer, when: Arc::default(), over: Arc::default() }
+        Plan { connects, answer, when: Arc::default(), over: Arc::default(), refuses: &[] }
     }
 
     /// Answers at once.
@@ -68,7 +71,12 @@ async fn guest(plan: Plan) -> (Guest, tokio::sync::mpsc::UnboundedReceiver<(StdU
                 let _over = NotifyOnDrop(plan.over.clone());
                 let proto::DialRequest { host, port, stream_port, timeout_ms } =
                     request.into_inner();
-                assert_eq!((host.as_str(), port, timeout_ms), ("192.0.2.7", 80, 100_000));
+                let limit = if host == "192.0.2.7" { 100_000 } else { 60_000 };
+                assert_eq!((port, timeout_ms), (80, limit), "{host}");
+                if plan.refuses.contains(&host.as_str()) {
+                    let result = Some(Wire::Failure(format!("{host} refused")));
+                    return Ok(Response::new(proto::DialResponse { result }));
+                }
                 if plan.connects {
                     made.send((connection(&vmm, stream_port), stream_port)).unwrap();
                 }
@@ -147,6 +155,51 @@ async fn a_server_that_does_not_accept_is_told_apart_from_an_agent_that_refuses(
             (other, _) => panic!("{other:?}"),
         }
     }
+}
+
+#[tokio::test]
+async fn a_forwarded_connection_goes_to_the_loopback_address_that_accepts() {
+    for (refuses, first, refusal) in [
+        (&[][..], Loopback::V4, None),
+        (&["127.0.0.1"][..], Loopback::V4, None),
+        (&["::1"][..], Loopback::V6, None),
+        (&["127.0.0.1", "::1"][..], Loopback::V4, Some("127.0.0.1 refused; ::1 refused")),
+        (&["127.0.0.1", "::1"][..], Loopback::V6, Some("::1 refused; 127.0.0.1 refused")),
+    ] {
+        let plan = Plan { refuses, ..Plan::new(true, connected()) };
+        let (guest, _connections) = guest(plan).await;
+        let forwarded = guest.forward(80, first).await.unwrap();
+        assert_eq!(forwarded.err().as_deref(), refusal);
+    }
+}
+
+#[tokio::test]
+async fn forwarded_connections_leave_room_for_probes() {
+    let (guest, _connections) = guest(Plan::new(true, connected())).await;
+    let mut all = Vec::new();
+    for _ in 0..MAX_FORWARDS {
+        all.push(guest.forward(80, Loopback::V4).await.unwrap().unwrap());
+    }
+    let refused = guest.forward(80, Loopback::V4).await;
+    assert!(matches!(refused, Err(GuestError::TooManyForwards)), "{refused:?}");
+    dial(&guest).await.unwrap().unwrap();
+    all.pop();
+    guest.forward(80, Loopback::V4).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_is_finished_when_the_agent_says_so() {
+    let plan = Plan::new(true, connected());
+    let when = plan.when.clone();
+    let (guest, mut connections) = guest(plan).await;
+    let mut tunnel = dial(&guest).await.unwrap().unwrap();
+    drop(connections.recv().await.unwrap());
+    assert_eq!(tunnel.read(&mut [0]).await.unwrap(), 0);
+    let mut finished = tokio::spawn(tunnel.finish());
+    let early = tokio::time::timeout(Duration::from_millis(50), &mut finished).await;
+    assert!(early.is_err(), "{early:?}");
+    when.notify_one();
+    finished.await.unwrap().unwrap();
 }
 
 #[tokio::test]

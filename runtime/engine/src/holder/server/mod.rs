@@ -7,6 +7,7 @@ mod attach;
 mod copy;
 mod exec;
 mod kernel_log;
+mod port_forward;
 mod refusal;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
@@ -29,6 +30,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
+use super::MAX_CALLS;
 use super::output::Taps;
 use super::status::StatusRecord;
 use crate::guest::GuestError;
@@ -38,8 +40,10 @@ use refusal::{check_piece, refused, refused_by_guest};
 /// Most connections at once; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 128;
 
-/// Most calls at once on a connection.
-const MAX_CALLS: u32 = 64;
+/// How much of a call, and of all calls of a connection, a client may send ahead, in bytes: one that
+/// is not taken does not hold up the others.
+const CALL_WINDOW: u32 = 64 * 1024;
+const CONNECTION_WINDOW: u32 = CALL_WINDOW * MAX_CALLS;
 
 /// Largest message of a client in bytes: room for the arguments and environment of a process. A
 /// larger one is refused before it is read.
@@ -122,6 +126,8 @@ async fn serve_one(stream: UnixStream, served: Served) {
     let service = TowerToHyperService::new(service(served));
     let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
         .max_concurrent_streams(MAX_CALLS)
+        .initial_stream_window_size(CALL_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let result = tokio::select! {
@@ -284,6 +290,15 @@ impl Service for Served {
         request: Request<Streaming<wire::CopyInRequest>>,
     ) -> Result<Response<wire::CopyInResponse>, Status> {
         copy::copy_in(&self.access, request.into_inner()).await.map(Response::new)
+    }
+
+    type PortForwardStream = Answers<wire::PortForwardAnswer>;
+
+    async fn port_forward(
+        &self,
+        request: Request<Streaming<wire::PortForwardRequest>>,
+    ) -> Result<Response<Self::PortForwardStream>, Status> {
+        port_forward::port_forward(&self.access, request.into_inner()).await.map(answers)
     }
 }
 

@@ -43,6 +43,7 @@ pub(super) fn refused(error: &AccessError) -> Status {
 pub(super) fn refused_by_guest(error: &GuestError) -> Status {
     match error {
         GuestError::Refused { code, message, rpc: _ } => status(*code, message),
+        GuestError::TooManyForwards => status(Code::ResourceExhausted, &error.to_string()),
         error => status(Code::Unavailable, &crate::holder::chain(error)),
     }
 }

@@ -66,6 +66,7 @@ const TABLE: &[(&str, [Answer; 3])] = {
         ("Resume", OF_GUEST),
         ("CopyOut", OF_GUEST),
         ("CopyIn", OF_GUEST),
+        ("PortForward", OF_GUEST),
     ]
 };
 
@@ -225,6 +226,10 @@ impl Pod {
                 let requests = [copy_start(name)];
                 drop(client.copy_in(tokio_stream::iter(requests)).await?);
             }
+            "PortForward" => {
+                let answers = client.port_forward(tokio_stream::iter([forward_start(80)])).await?;
+                drop(answers.into_inner().message().await?.expect("an answer"));
+            }
             other => panic!("no way to make the call {other}: add one"),
         }
         Ok(())
@@ -243,6 +248,11 @@ fn start() -> wire::ExecStart {
 
 fn first(start: wire::ExecStart) -> wire::ExecRequest {
     wire::ExecRequest { message: Some(wire::exec_request::Message::Start(start)) }
+}
+
+fn forward_start(port: u32) -> wire::PortForwardRequest {
+    let start = wire::PortForwardStart { port };
+    wire::PortForwardRequest { message: Some(wire::port_forward_request::Message::Start(start)) }
 }
 
 fn copy_start(name: &str) -> wire::CopyInRequest {
@@ -307,7 +317,7 @@ async fn all_calls(pod: &Pod, column: usize, state: State) {
 
 #[tokio::test]
 async fn a_container_that_the_pod_does_not_have_is_not_found_whatever_its_name() {
-    const OF_THE_POD: [&str; 4] = ["Stop", "Wait", "Stats", "KernelLog"];
+    const OF_THE_POD: [&str; 5] = ["Stop", "Wait", "Stats", "KernelLog", "PortForward"];
     let (guest, _vmm) = guest(Agent::Refuses("the guest was asked")).await;
     let pod = Pod::new(Some(guest)).await;
     let long = "\u{20ac}".repeat(1 << 18);
@@ -349,6 +359,13 @@ async fn a_stream_that_does_not_begin_with_its_start_is_refused() {
         wire::CopyInRequest { message: Some(wire::copy_in_request::Message::Data(b"x".to_vec())) };
     let copy = client.copy_in(tokio_stream::iter([data])).await;
     assert_refused(copy.map(drop), Code::InvalidArgument, words, "copy");
+    let none = wire::PortForwardRequest { message: None };
+    let forward = client.port_forward(tokio_stream::iter([none])).await;
+    assert_refused(forward.map(drop), Code::InvalidArgument, words, "forward");
+    for port in [0, 65536, u32::MAX] {
+        let forward = client.port_forward(tokio_stream::iter([forward_start(port)])).await;
+        assert_refused(forward.map(drop), Code::InvalidArgument, "port: ", "a port");
+    }
 }
 
 #[tokio::test]
