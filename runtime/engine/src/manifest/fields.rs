@@ -19,7 +19,7 @@ pub(super) const CONFIG_MAP: &[Field] = &[
     object("metadata", METADATA, "`name` and `namespace` tell which Pods can refer to it"),
     yes("data", "texts by their keys; with `binaryData`, at most 1 MiB together"),
     yes("binaryData", "base64; seen by volumes only"),
-    no_effect("immutable", "nothing changes while a pod runs"),
+    yes("immutable", "`husk apply` refuses to change one that says so"),
 ];
 
 /// The fields of a Secret.
@@ -30,7 +30,7 @@ pub(super) const SECRET: &[Field] = &[
     yes("data", "base64; with `stringData`, at most 1 MiB together"),
     yes("stringData", "texts; win over `data`"),
     no_effect("type", "the values are not interpreted"),
-    no_effect("immutable", "nothing changes while a pod runs"),
+    yes("immutable", "`husk apply` refuses to change one that says so"),
 ];
 
 const RECORDED: &str = "recorded by an API server";

@@ -10,6 +10,7 @@
 //!                        +---pod, container, env, security---> PodSpec, or what is wrong
 //! ```
 
+mod apply;
 mod container;
 mod dns;
 #[cfg(test)]
@@ -33,8 +34,10 @@ mod volume;
 use std::collections::BTreeSet;
 
 use self::objects::{Kind, Objects};
+use self::tree::Node;
 use crate::types::PodSpec;
 
+pub use apply::{Applied, Documents, check_applicable};
 pub use problem::{ManifestError, Problem, ProblemKind, Problems};
 pub use quantity::{MAX_FRACTION_DIGITS, Quantity, QuantityError};
 pub use tree::MAX_LEN;
@@ -53,15 +56,7 @@ pub fn parse(text: &str, source_name: &str) -> Result<Vec<PodSpec>, ManifestErro
         return Err(ManifestError::Empty { source_name: source_name.into() });
     }
     let mut problems = Problems::new(source_name);
-    let mut objects = Objects::default();
-    let mut pod_documents = Vec::new();
-    for document in &documents {
-        let kind = view::View::root(document).get("kind").text(&mut problems.fork());
-        match kind.and_then(Kind::of) {
-            Some(kind) => objects.add(document, kind, &mut problems),
-            None => pod_documents.push(document),
-        }
-    }
+    let (objects, pod_documents) = sort(&documents, &mut problems);
     if pod_documents.is_empty() && problems.is_empty() {
         return Err(ManifestError::Empty { source_name: source_name.into() });
     }
@@ -84,4 +79,18 @@ pub fn parse(text: &str, source_name: &str) -> Result<Vec<PodSpec>, ManifestErro
     }
     problems.sort();
     Err(ManifestError::Invalid(problems))
+}
+
+/// The ConfigMaps and Secrets of a source, and what else is in it: what should be Pods.
+fn sort<'d>(documents: &'d [Node], problems: &mut Problems) -> (Objects, Vec<&'d Node>) {
+    let mut objects = Objects::default();
+    let mut others = Vec::new();
+    for document in documents {
+        let kind = view::View::root(document).get("kind").text(&mut problems.fork());
+        match kind.and_then(Kind::of) {
+            Some(kind) => objects.add(document, kind, problems),
+            None => others.push(document),
+        }
+    }
+    (objects, others)
 }

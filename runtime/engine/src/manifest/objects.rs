@@ -1,6 +1,7 @@
 //! Reads the ConfigMaps and Secrets that stand beside the Pods of a source.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -37,7 +38,7 @@ impl Kind {
 }
 
 /// One value of an object.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Item {
     pub(super) bytes: Vec<u8>,
     /// Whether it is of `binaryData`, which only volumes see.
@@ -47,20 +48,36 @@ pub(super) struct Item {
 /// The values of an object by their keys.
 pub(super) type Items = BTreeMap<String, Item>;
 
+/// A ConfigMap or Secret.
+#[derive(Debug, Clone)]
+pub(super) struct Object {
+    pub(super) items: Items,
+    /// Whether it says that it never changes.
+    pub(super) immutable: bool,
+}
+
+/// What an object is called: its kind, namespace and name.
+pub(super) type ObjectKey = (Kind, String, String);
+
 /// All ConfigMaps and Secrets of a source.
-#[derive(Debug, Default)]
-pub(super) struct Objects(BTreeMap<(Kind, String, String), Items>);
+#[derive(Debug, Clone, Default)]
+pub(super) struct Objects(pub(super) BTreeMap<ObjectKey, Object>);
 
 /// The objects that a Pod can name: those of its namespace.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Scope<'a> {
     pub(super) objects: &'a Objects,
     pub(super) namespace: &'a str,
+    /// Those that were looked for, whether they are there or not.
+    pub(super) wanted: &'a RefCell<BTreeSet<ObjectKey>>,
 }
 
 impl<'a> Scope<'a> {
     pub(super) fn find(&self, kind: Kind, name: &str) -> Option<&'a Items> {
-        self.objects.0.get(&(kind, self.namespace.to_owned(), name.to_owned()))
+        let key = (kind, self.namespace.to_owned(), name.to_owned());
+        let found = self.objects.0.get(&key).map(|object| &object.items);
+        self.wanted.borrow_mut().insert(key);
+        found
     }
 }
 
@@ -86,7 +103,9 @@ impl Objects {
             let field = if root.get("data").is_present() { "data" } else { "stringData" };
             root.get(field).invalid(format!("{len} bytes"), reason, problems);
         }
-        if self.0.insert((kind, namespace.to_owned(), name.to_owned()), items).is_some() {
+        let immutable = root.get("immutable").boolean(problems).unwrap_or_default();
+        let object = Object { items, immutable };
+        if self.0.insert((kind, namespace.to_owned(), name.to_owned()), object).is_some() {
             let reason = format!(
                 "an earlier document is a {} of this name in this namespace",
                 kind.as_str()

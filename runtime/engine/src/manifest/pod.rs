@@ -1,9 +1,10 @@
 //! Reads the Pod itself: metadata and what its containers share.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::fields::POD;
-use super::objects::{Objects, Scope};
+use super::objects::{ObjectKey, Objects, Scope};
 use super::problem::Problems;
 use super::tree::Node;
 use super::view::View;
@@ -21,17 +22,38 @@ const MAX_ANNOTATIONS_LEN: usize = 256 * 1024;
 
 /// Reads one document. `None` if anything in it is wrong; then that has been noted.
 pub(super) fn read(document: &Node, objects: &Objects, problems: &mut Problems) -> Option<PodSpec> {
+    read_noting(document, objects, &RefCell::default(), problems)
+}
+
+/// The same, and notes what objects it refers to.
+pub(super) fn read_noting(
+    document: &Node,
+    objects: &Objects,
+    wanted: &RefCell<BTreeSet<ObjectKey>>,
+    problems: &mut Problems,
+) -> Option<PodSpec> {
     let mut own = problems.fork();
-    let pod = read_document(&View::root(document), document, objects, &mut own);
+    let pod = read_document(&View::root(document), document, (objects, wanted), &mut own);
     let fine = own.is_empty();
     problems.append(own);
     pod.filter(|_| fine)
 }
 
+/// The namespace and the name of a document that says that it is a Pod, which is noted if it does
+/// not.
+pub(super) fn who<'n>(document: &'n Node, problems: &mut Problems) -> Option<(&'n str, &'n str)> {
+    let root = View::root(document);
+    if !root.is_object(problems) || !is_pod(&root, problems) {
+        return None;
+    }
+    let (name, namespace) = read_object_name(&root.get("metadata"), problems);
+    Some((namespace, name))
+}
+
 fn read_document(
     root: &View<'_>,
     document: &Node,
-    objects: &Objects,
+    (objects, wanted): (&Objects, &RefCell<BTreeSet<ObjectKey>>),
     problems: &mut Problems,
 ) -> Option<PodSpec> {
     if !root.is_object(problems) || !is_pod(root, problems) {
@@ -44,7 +66,7 @@ fn read_document(
     if !spec.is_present() || !spec.is_object(problems) {
         return None;
     }
-    let scope = Scope { objects, namespace: &metadata.namespace };
+    let scope = Scope { objects, namespace: &metadata.namespace, wanted };
     let volumes_view = spec.get("volumes");
     let volumes = volume::read_all(&volumes_view, scope, &metadata, problems);
     let pod_security = security::PodSecurity::read(&spec.get("securityContext"), problems);

@@ -37,6 +37,12 @@ pub enum ManifestError {
         /// Where the manifest came from.
         source_name: String,
     },
+    /// There is nothing in it that a running pod can take over.
+    #[error("{source_name}: no ConfigMap, Secret or Pod in it")]
+    Nothing {
+        /// Where it came from.
+        source_name: String,
+    },
     /// Documents in it are not Pods that husk can run.
     #[error("{0}")]
     Invalid(Problems),

@@ -40,6 +40,7 @@ fn refused(text: &str, expected: &[&str]) {
     assert_eq!(complaints(text), expected, "{text}");
 }
 
+mod apply;
 mod checks;
 mod network;
 mod objects;
