@@ -2,7 +2,8 @@
 //! protocols, and runs containers as processes of this host, in no isolation at all. What it is not
 //! for: anything else.
 //!
-//! A container whose first argument is `fake:die` kills the "VM", `fake:panic` panics its "kernel".
+//! A container whose first argument is `fake:die` kills the "VM", `fake:panic` panics its "kernel". A
+//! volume does not take files of which one is `fake:refuse`.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs)]
 
 use std::collections::HashMap;
@@ -361,9 +362,13 @@ impl Agent for Fake {
 
     async fn update_volume(
         &self,
-        _: Request<proto::UpdateVolumeRequest>,
+        request: Request<proto::UpdateVolumeRequest>,
     ) -> Answer<proto::UpdateVolumeResponse> {
-        Err(Status::unimplemented("volumes"))
+        let proto::UpdateVolumeRequest { name, files } = request.into_inner();
+        if files.unwrap().files.iter().any(|file| file.content == b"fake:refuse") {
+            return Err(Status::internal(format!("volume {name:?} is full")));
+        }
+        Ok(Response::new(proto::UpdateVolumeResponse {}))
     }
 
     /// By this host's tar: paths are this host's.

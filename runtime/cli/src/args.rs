@@ -13,6 +13,7 @@ use husk_engine::storage::DEFAULT_SCRATCH_BYTES;
 use husk_engine::types::Network;
 
 pub(crate) use self::image::{ImageArgs, ImageCommand, ImportArgs, ListArgs, PullArgs, RemoveArgs};
+use crate::pods::apply::ApplyArgs;
 use crate::pods::attach::AttachArgs;
 use crate::pods::completion::CompletionArgs;
 use crate::pods::console::ConsoleArgs;
@@ -68,6 +69,7 @@ pub(crate) enum Command {
     Attach(AttachArgs),
     Cp(CpArgs),
     PortForward(PortForwardArgs),
+    Apply(ApplyArgs),
     Stop(StopArgs),
     Kill(KillArgs),
     Wait(WaitArgs),

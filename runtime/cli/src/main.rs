@@ -34,6 +34,7 @@ fn main() -> ExitCode {
         Command::Exec(args) => pods::exec::run(&global, args),
         Command::Debug(args) => pods::debug::run(&global, args),
         Command::Attach(args) => pods::attach::run(&global, &args),
+        Command::Apply(args) => pods::apply::run(&global, &args),
         Command::Cp(args) => pods::cp::run(&global, &args),
         Command::PortForward(args) => pods::port_forward::run(&global, &args),
         Command::Stop(args) => pods::stop::run(&global, &args),

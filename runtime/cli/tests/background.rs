@@ -577,3 +577,56 @@ fn a_debug_container_is_none_of_the_pods() {
     host.ok(&["rm", "web"]);
     host.nothing_is_left();
 }
+
+#[test]
+fn changed_objects_reach_the_pods_that_use_them_and_no_others() {
+    let host = Background::new();
+    let config = |name: &str, color: &str| {
+        format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {name}}}\ndata: {{color: {color}}}\n---\n"
+        )
+    };
+    let web = "apiVersion: v1\nkind: Pod\nmetadata: {name: web}\nspec:\n  containers:\n  \
+         - {name: main, image: test/image, imagePullPolicy: Never, command: [sleep, '600']}\n  \
+         volumes:\n  - {name: files, configMap: {name: config, items: [{key: color, path: c}]}}\n  \
+         - {name: labels, downwardAPI: {items: [{path: l, fieldRef: {fieldPath: metadata.labels}}]}}\n";
+    host.up(&format!("{}{web}", config("config", "blue")));
+    host.up(&pod("other", &[("main", "sleep 600")]));
+    let apply = |args: &[&str], documents: &str| {
+        let mut child = host.spawn(&[&["apply"], args, &["-"]].concat());
+        child.stdin.take().unwrap().write_all(documents.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let red = config("config", "red");
+    let updated = (Some(0), "default/web: volume files updated\n".to_owned(), String::new());
+    assert_eq!(apply(&[], &red), updated);
+    let same = (Some(0), "default/web: no files changed\n".to_owned(), String::new());
+    assert_eq!(apply(&["--pod", "web"], &red), same);
+    let both = format!(
+        "{}{}",
+        config("config", "green"),
+        web.replace("name: web", "name: web, labels: {a: b}")
+    );
+    assert_eq!(apply(&[], &both).1, "default/web: volumes files, labels updated\n");
+
+    // What the guest does not take is not taken for granted.
+    let (code, _, why) = apply(&[], &config("config", "'fake:refuse'"));
+    assert_eq!((code, why.contains("volume \"files\" is full")), (Some(1), true), "{why}");
+    assert_eq!(apply(&[], &config("config", "green")), updated);
+
+    for (args, document, code, words) in [
+        (&[][..], config("none", "x"), 1, "no running pod uses anything of standard input"),
+        (&["--pod", "other"], red.clone(), 1, "no running pod uses"),
+        (&["--pod", "nobody"], red.clone(), 125, "nobody"),
+        (&[], String::new(), 125, "no ConfigMap, Secret or Pod in it"),
+        (&[], config("config", "x").replace("color", "colour"), 1, "config has no such key"),
+        (&[], web.replace("'600'", "'1'"), 1, "spec.containers[0].command"),
+    ] {
+        let (got, printed, why) = apply(args, &document);
+        assert_eq!((got, printed.as_str()), (Some(code), ""), "{why}");
+        assert!(why.contains(words), "{why}");
+    }
+    host.ok(&["stop", "web"]);
+    assert_eq!(apply(&["--pod", "web"], &red).0, Some(1), "it does not run any more");
+}

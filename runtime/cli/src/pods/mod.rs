@@ -1,5 +1,6 @@
 //! Commands for pods that run, or have run: one file each. Here is what they share.
 
+pub(crate) mod apply;
 pub(crate) mod attach;
 pub(crate) mod completion;
 pub(crate) mod console;

@@ -33,9 +33,9 @@ const MAX_MANIFEST: u64 = manifest::MAX_LEN as u64;
 const LOG_QUEUE: usize = 64;
 
 /// A manifest, and how messages call it.
-struct Source {
-    name: String,
-    text: String,
+pub(crate) struct Source {
+    pub(crate) name: String,
+    pub(crate) text: String,
 }
 
 /// Runs the pods of the manifests.
@@ -131,7 +131,8 @@ fn read_all(args: &RunArgs) -> anyhow::Result<Vec<(PodSpec, Arc<Source>)>> {
     Ok(specs)
 }
 
-fn read(file: &Path) -> anyhow::Result<Source> {
+/// Reads a manifest from a file, or from standard input (`-`).
+pub(crate) fn read(file: &Path) -> anyhow::Result<Source> {
     let stdin = file == Path::new("-");
     let name = if stdin { "standard input".to_owned() } else { file.display().to_string() };
     let mut bytes = Vec::new();

@@ -56,6 +56,16 @@ impl Guest {
         }
     }
 
+    /// Replaces the files of a volume of files, all at once.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn update_volume(&self, name: &str, files: proto::Files) -> Result<(), GuestError> {
+        let request = proto::UpdateVolumeRequest { name: name.to_owned(), files: Some(files) };
+        let proto::UpdateVolumeResponse {} = call!(self, update_volume, "UpdateVolume", request)?;
+        Ok(())
+    }
+
     /// The processes of a container. Their texts are cleaned.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 //! One [`Held`] is one pod. Above it is a door's own business: where the process comes from, and
 //! what it prints. What it is not for: what happens to the pod; that is [`crate::pod`].
 
+mod apply;
 pub mod client;
 pub mod cri_log;
 pub mod events;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+use self::apply::Applier;
 use self::output::{LogFiles, Taps};
 use self::record::{OwnRecord, PodRecord, RecordDir, RecordError, Records};
 use self::rotate::Rotation;
@@ -119,7 +121,10 @@ impl Held {
         let statuses =
             tokio::spawn(keep_status(record.clone(), (records.clone(), who.clone()), pod.watch()));
         let (ended, ending) = watch::channel(None);
+        let metadata = &pod.spec().metadata;
+        let name = (metadata.namespace.clone(), metadata.name.clone());
         let served = Served {
+            applier: Applier::new(pod.access(), record.dir().manifest(), name),
             access: pod.access(),
             stopper: pod.stopper(),
             status: pod.watch(),

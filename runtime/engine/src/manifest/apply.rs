@@ -80,9 +80,8 @@ impl Documents {
         let all = tree::read(text, source_name)?;
         let mut problems = Problems::new(source_name);
         let (mut objects, pods) = sort(&all, &mut problems);
-        let is_it = |document: &&&Node| {
-            pod::who(document, &mut problems.fork()) == Some((namespace, name))
-        };
+        let is_it =
+            |document: &&&Node| pod::who(document, &mut problems.fork()) == Some((namespace, name));
         let Some(&document) = pods.iter().find(is_it) else { return Ok(None) };
         let wanted = RefCell::default();
         let read = pod::read_noting(document, &objects, &wanted, &mut problems);

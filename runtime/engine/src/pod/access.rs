@@ -256,6 +256,16 @@ impl PodAccess {
         Ok(self.guest()?.forward(port, first).await?)
     }
 
+    /// Makes the pod what this specification says, as far as it may change while it runs: labels,
+    /// annotations, and what comes of ConfigMaps and Secrets. Returns the volumes whose files were
+    /// replaced. Not to be called again before it has returned.
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub async fn change(&self, wanted: &PodSpec) -> Result<Vec<String>, AccessError> {
+        Ok(self.runtime()?.change(wanted).await?)
+    }
+
     /// Begins to take a file or tree out of a container, as a tar archive.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 mod access;
 mod actor;
 mod backoff;
+mod changes;
 mod check;
 mod debug;
 mod images;

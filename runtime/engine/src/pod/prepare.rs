@@ -20,6 +20,7 @@ use husk_vmm_api::{MAX_MTU, MAX_QUEUE_PAIRS, MIN_MTU, RateLimit};
 use tokio::sync::mpsc;
 
 use super::actor::chain;
+use super::changes::Changes;
 use super::images::{self, ImageError, Images, ResolvedImage};
 use super::logs::LogChunk;
 use super::rundir::{RunDir, RunDirError};
@@ -242,6 +243,7 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
     let runtime = GuestRuntime::new(super::runtime::Parts {
         guest,
         spec: spec.clone(),
+        changes: Changes::new(spec.clone()),
         uid,
         node_name: node_name(),
         host_ips: if addresses.is_empty() { Vec::new() } else { network::host_addresses() },

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::actor::{Answer, Runtime, StopBy, Turn, chain};
+use super::changes::Changes;
 use super::debug;
 use super::images::ResolvedImage;
 use super::input::{self, Inputs};
@@ -45,6 +46,8 @@ const SIGKILL: u32 = 9;
 pub(super) struct Parts {
     pub(super) guest: Guest,
     pub(super) spec: Arc<PodSpec>,
+    /// What of the specification is not so any more.
+    pub(super) changes: Changes,
     pub(super) uid: String,
     /// Name of the host.
     pub(super) node_name: String,
@@ -103,17 +106,24 @@ impl GuestRuntime {
         self.0.pod_ips.first().copied()
     }
 
+    /// What changes of the pod, and its uid.
+    pub(super) fn changes(&self) -> (&Changes, &str) {
+        (&self.0.changes, &self.0.uid)
+    }
+
     pub(super) fn inputs(&self) -> &Inputs {
         &self.0.inputs
     }
 
-    /// The configuration of a container.
+    /// The configuration of a container, as it was when it was last started.
     pub(super) fn config(
         &self,
         container: &ContainerSpec,
     ) -> Result<oci_spec::runtime::Spec, StartFailure> {
-        let Parts { spec, uid, node_name, host_ips, pod_ips, images, .. } = &*self.0;
+        let Parts { changes, uid, node_name, host_ips, pod_ips, images, .. } = &*self.0;
         let image = images.get(&container.name).ok_or_else(|| refused("it has no image"))?;
+        let spec = changes.of(&container.name);
+        let container = spec.container(&container.name).unwrap_or(container);
         let context = StartContext {
             container_id: &container.name,
             pod_uid: uid,
@@ -121,7 +131,7 @@ impl GuestRuntime {
             host_ips,
             pod_ips,
         };
-        oci::container_spec(spec, container, &image.config, &context)
+        oci::container_spec(&spec, container, &image.config, &context)
             .map_err(|error| refused(&chain(&error)))
     }
 
@@ -131,6 +141,7 @@ impl GuestRuntime {
         container: &ContainerSpec,
     ) -> Result<(Vec<u8>, husk_proto::agent::Rootfs), StartFailure> {
         let root = self.0.layout.root(&container.name).ok_or_else(|| refused("it has no root"))?;
+        self.0.changes.start(&container.name);
         let config = self.config(container)?;
         let config = serde_json::to_vec(&config).map_err(|error| refused(&chain(&error)))?;
         Ok((config, root.clone()))

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use oci_spec::image::ImageConfiguration;
 use tokio::sync::{mpsc, watch};
 
+use super::changes::Changes;
 use super::images::ResolvedImage;
 use super::runtime::{GuestRuntime, Parts};
 use super::timeline::Timeline;
@@ -69,6 +70,7 @@ pub(crate) fn access(spec: Arc<PodSpec>, guest: Option<Guest>) -> PodAccess {
         GuestRuntime::new(Parts {
             guest,
             spec: spec.clone(),
+            changes: Changes::new(spec.clone()),
             uid: "uid".into(),
             node_name: "node".into(),
             host_ips: Vec::new(),

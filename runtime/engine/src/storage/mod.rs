@@ -246,10 +246,7 @@ impl Layout {
         use proto::volume::Source as Made;
         let VolumeSpec { name, source } = volume;
         let made = match *source {
-            VolumeSource::Files(ref files) => {
-                let files = files.iter().map(|file| render(file, spec, uid)).collect();
-                Made::Files(proto::Files { files })
-            }
+            VolumeSource::Files(ref files) => Made::Files(self::files(files, spec, uid)),
             VolumeSource::EmptyDir { medium: Medium::Memory, size_limit } => {
                 let memory = u64::from(spec.vm.memory_mib) << 20;
                 Made::Tmpfs(proto::Tmpfs { size: size_limit.unwrap_or(memory).min(memory) })
@@ -305,7 +302,11 @@ impl Layout {
     }
 }
 
-/// A file with its content.
+/// The files of a volume of a pod of this `uid`, with their content.
+pub(crate) fn files(files: &[FileSpec], spec: &PodSpec, uid: &str) -> proto::Files {
+    proto::Files { files: files.iter().map(|file| render(file, spec, uid)).collect() }
+}
+
 fn render(file: &FileSpec, spec: &PodSpec, uid: &str) -> proto::VolumeFile {
     let content = match &file.content {
         FileContent::Bytes(Hidden(bytes)) => bytes.clone(),

@@ -31,11 +31,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::MAX_CALLS;
+use super::apply::Applier;
 use super::output::Taps;
 use super::status::StatusRecord;
 use crate::guest::GuestError;
 use crate::pod::{AccessError, PodAccess, PodStatus, Stopper};
-use refusal::{check_piece, refused, refused_by_guest};
+use refusal::{check_piece, not_applied, refused, refused_by_guest};
 
 /// Most connections at once; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 128;
@@ -69,6 +70,7 @@ type To<T> = mpsc::Sender<Result<T, Status>>;
 #[derive(Debug, Clone)]
 pub(super) struct Served {
     pub(super) access: PodAccess,
+    pub(super) applier: Applier,
     pub(super) stopper: Stopper,
     pub(super) status: watch::Receiver<PodStatus>,
     pub(super) taps: Taps,
@@ -299,6 +301,18 @@ impl Service for Served {
         request: Request<Streaming<wire::PortForwardRequest>>,
     ) -> Result<Response<Self::PortForwardStream>, Status> {
         port_forward::port_forward(&self.access, request.into_inner()).await.map(answers)
+    }
+
+    async fn apply(
+        &self,
+        request: Request<wire::ApplyRequest>,
+    ) -> Result<Response<wire::ApplyResponse>, Status> {
+        let wire::ApplyRequest { manifest, source_name } = request.into_inner();
+        let applied = self.applier.apply(manifest, source_name).await;
+        let replaced = applied.map_err(|error| not_applied(&error))?;
+        let concerned = replaced.is_some();
+        let volumes = replaced.unwrap_or_default();
+        Ok(Response::new(wire::ApplyResponse { concerned, volumes }))
     }
 }
 

@@ -3,6 +3,7 @@
 use tonic::{Code, Status};
 
 use crate::guest::GuestError;
+use crate::holder::apply::ApplyError;
 use crate::pod::AccessError;
 
 /// Longest text of a status, in bytes. It repeats what the command or the guest said, and travels in
@@ -37,6 +38,17 @@ pub(super) fn refused(error: &AccessError) -> Status {
         AccessError::Guest(error) => return refused_by_guest(error),
     };
     status(code, &error.to_string())
+}
+
+/// Of documents that the pod does not take over.
+pub(super) fn not_applied(error: &ApplyError) -> Status {
+    let code = match error {
+        ApplyError::Manifest(_) | ApplyError::SourceName { .. } => Code::InvalidArgument,
+        ApplyError::Read { .. } | ApplyError::NotInManifest { .. } => Code::FailedPrecondition,
+        ApplyError::Access(error) => return refused(error),
+        ApplyError::Task(_) => Code::Unavailable,
+    };
+    status(code, &crate::holder::chain(error))
 }
 
 /// Of what the guest does not do.

@@ -12,7 +12,7 @@ use tonic::transport::Channel;
 use super::*;
 use crate::guest::Guest;
 use crate::pod::{ContainerState, ContainerStatus, PodPhase, stand_in};
-use crate::types::ContainerKind;
+use crate::types::{ContainerKind, PodSpec};
 use crate::vm::tests::{connection, vm_in_hand};
 
 /// The protocol: what has to be in the table.
@@ -67,6 +67,7 @@ const TABLE: &[(&str, [Answer; 3])] = {
         ("CopyOut", OF_GUEST),
         ("CopyIn", OF_GUEST),
         ("PortForward", OF_GUEST),
+        ("Apply", OF_GUEST),
     ]
 };
 
@@ -124,10 +125,33 @@ async fn guest(agent: Agent) -> (Guest, husk_vmm_api::Channel) {
     (Guest::connect(vm, accept, Duration::from_secs(100)).await.unwrap(), vmm)
 }
 
+/// The manifest of the pod, whose ConfigMap is `color`.
+fn manifest(color: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: config}}\ndata: {{color: {color}}}\n---\n\
+         apiVersion: v1\nkind: Pod\nmetadata: {{name: web}}\nspec:\n  \
+         containers: [{{name: main, image: x, command: [sh]}}]\n  \
+         volumes: [{{name: files, configMap: {{name: config}}}}]\n"
+    )
+}
+
+fn spec() -> PodSpec {
+    crate::manifest::parse(&manifest("blue"), "x").unwrap().remove(0)
+}
+
+/// What takes over documents for the pod, and the directory of those with which it was started.
+fn applier(access: &PodAccess) -> (Applier, tempfile::TempDir) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("manifest.yaml");
+    std::fs::write(&path, manifest("blue")).unwrap();
+    (Applier::new(access.clone(), path, ("default".into(), "web".into())), directory)
+}
+
 /// A pod with one container, `main`, and a command's connection to its process.
 struct Pod {
     client: PodClient<Channel>,
     ended: watch::Sender<Option<StatusRecord>>,
+    _manifest: Option<tempfile::TempDir>,
 }
 
 impl Pod {
@@ -153,8 +177,11 @@ impl Pod {
             containers: vec![main],
         };
         let (ended, end) = watch::channel(None);
+        let access = stand_in::access(Arc::new(spec()), guest);
+        let (applier, manifest) = applier(&access);
         let served = Served {
-            access: stand_in::access(Arc::new(stand_in::spec(&["main"])), guest),
+            applier,
+            access,
             stopper: stand_in::stopper(),
             status: watch::channel(status).1,
             taps: Taps::new(["main"].into_iter()),
@@ -170,7 +197,7 @@ impl Pod {
         });
         let client =
             PodClient::new(crate::channel::over(ours, crate::channel::nameless()).await.unwrap());
-        Pod { client, ended }
+        Pod { client, ended, _manifest: Some(manifest) }
     }
 
     fn end(&self) {
@@ -229,6 +256,13 @@ impl Pod {
             "PortForward" => {
                 let answers = client.port_forward(tokio_stream::iter([forward_start(80)])).await?;
                 drop(answers.into_inner().message().await?.expect("an answer"));
+            }
+            "Apply" => {
+                let request = wire::ApplyRequest {
+                    manifest: manifest("red"),
+                    source_name: "new.yaml".into(),
+                };
+                drop(client.apply(request).await?);
             }
             other => panic!("no way to make the call {other}: add one"),
         }
@@ -317,7 +351,7 @@ async fn all_calls(pod: &Pod, column: usize, state: State) {
 
 #[tokio::test]
 async fn a_container_that_the_pod_does_not_have_is_not_found_whatever_its_name() {
-    const OF_THE_POD: [&str; 5] = ["Stop", "Wait", "Stats", "KernelLog", "PortForward"];
+    const OF_THE_POD: [&str; 6] = ["Stop", "Wait", "Stats", "KernelLog", "PortForward", "Apply"];
     let (guest, _vmm) = guest(Agent::Refuses("the guest was asked")).await;
     let pod = Pod::new(Some(guest)).await;
     let long = "\u{20ac}".repeat(1 << 18);
@@ -417,10 +451,13 @@ async fn the_end_of_the_pod_answers_who_waits_and_nobody_else() {
         pod_ips: Vec::new(),
         containers: Vec::new(),
     };
+    let access = stand_in::access(Arc::new(spec()), None);
+    let (applier, _manifest) = applier(&access);
     let server = tokio::spawn(serve(
         listener,
         Served {
-            access: stand_in::access(Arc::new(stand_in::spec(&["main"])), None),
+            applier,
+            access,
             stopper: stand_in::stopper(),
             status: watch::channel(status).1,
             taps: Taps::new(["main"].into_iter()),
@@ -431,7 +468,7 @@ async fn the_end_of_the_pod_answers_who_waits_and_nobody_else() {
         let stream = UnixStream::connect(&path).await.unwrap();
         let client =
             PodClient::new(crate::channel::over(stream, crate::channel::nameless()).await.unwrap());
-        Pod { client, ended: watch::channel(None).0 }
+        Pod { client, ended: watch::channel(None).0, _manifest: None }
     };
     let (first, second) = (connect().await, connect().await);
     first.call("Stop", "").await.unwrap();

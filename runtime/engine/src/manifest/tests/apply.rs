@@ -155,8 +155,10 @@ fn what_the_pod_could_not_have_started_with_is_refused_and_forgotten() {
         ("", "new.yaml: no ConfigMap, Secret or Pod in it"),
         ("kind: [", "new.yaml:1:7: "),
         ("apiVersion: apps/v1\nkind: Deployment\n", "must be Pod, ConfigMap or Secret"),
-        ("apiVersion: v1\nkind: Pod\nmetadata: {name: a}\n---\napiVersion: v1\nkind: Pod\nmetadata: {name: a}\n",
-         "an earlier document is a Pod of this name"),
+        (
+            "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\n---\napiVersion: v1\nkind: Pod\nmetadata: {name: a}\n",
+            "an earlier document is a Pod of this name",
+        ),
         (&config_map("config", "dota: {}"), "did you mean data?"),
     ] {
         let refused = refusal(text);
