@@ -5,6 +5,7 @@
 //! - [`cni`]: the plugins that put interfaces into it, and take them out again;
 //! - [`join`](mod@join): the way of every such interface into the virtual machine, a tap, and what has
 //!   to be told to the guest about it;
+//! - [`localhost`]: the TCP connections to the namespace's loopback addresses, for the guest's servers;
 //! - [`pod`]: all of it for one pod, with a record on disk, so that it is taken back after a crash.
 //!
 //! What it is not for: the virtual machine, which gets the taps as descriptors, and the guest, in
@@ -18,6 +19,8 @@
 
 pub mod cni;
 pub mod join;
+pub mod localhost;
+mod lookup;
 pub mod netns;
 pub mod pod;
 mod record;

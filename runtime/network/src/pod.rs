@@ -10,6 +10,7 @@ use crate::cni::{
     PORT_MAPPINGS, Stop,
 };
 use crate::join::{self, JoinError, Joined};
+use crate::localhost::{Localhost, LocalhostError};
 use crate::netns::{self, Netns, NetnsError};
 use crate::record::{Record, Records};
 
@@ -118,6 +119,8 @@ pub struct Attached {
     pub addresses: Vec<IpAddr>,
     /// The way into the virtual machine.
     pub joined: Joined,
+    /// Connections to `localhost` of the namespace; a pod is of use without them.
+    pub localhost: Result<Localhost, LocalhostError>,
 }
 
 impl Host {
@@ -257,7 +260,8 @@ impl PodNetwork {
         };
         let joined = join::join(&netns, request.queue_pairs)?;
         let addresses = if added.is_empty() { joined.snapshot.pod_addresses() } else { added };
-        Ok(Attached { netns: netns.path().to_owned(), addresses, joined })
+        let localhost = Localhost::take(&netns);
+        Ok(Attached { netns: netns.path().to_owned(), addresses, joined, localhost })
     }
 
     /// Makes a namespace, and has plugins make an interface in it.

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,6 +15,7 @@ use std::time::Duration;
 use husk_netlink::{Socket, address, link, neighbour, route};
 use husk_network::cni::{Cni, Limits, Stop};
 use husk_network::join::{self, JoinError};
+use husk_network::localhost::Localhost;
 use husk_network::netns::{self, Netns};
 use husk_network::pod::{Host, NetworkError, Request, Source};
 
@@ -419,4 +420,63 @@ fn a_namespace_of_somebody_else_is_joined_and_left_as_it_was() {
     drop(attached);
     pod.detach().unwrap();
     assert!(outer.netns.path().exists() && host.attached().unwrap().is_empty());
+}
+
+#[test]
+fn connections_to_localhost_of_the_namespace_are_taken_whatever_their_port() {
+    let pod = Pod::new("l");
+    pod.inside("addr add 198.18.0.2/24 dev eth0");
+    let connect = |to: &str| {
+        let to: SocketAddr = to.parse().unwrap();
+        pod.netns.enter(|| TcpStream::connect_timeout(&to, Duration::from_secs(10))).unwrap()
+    };
+    // One that listens there by itself, on all addresses.
+    let own = pod.netns.enter(|| TcpListener::bind("0.0.0.0:4000")).unwrap().unwrap();
+    own.set_nonblocking(true).unwrap();
+    assert!(connect("127.0.0.1:80").is_err());
+    let taken = Localhost::take(&pod.netns).unwrap();
+    assert_eq!(taken.listeners.len(), 2);
+    let accept = |at: usize| {
+        taken.listeners[at].set_nonblocking(false).unwrap();
+        taken.listeners[at].accept().unwrap().0
+    };
+    for (at, to) in [
+        (0, "127.0.0.1:80"),
+        (0, "127.0.0.1:4000"),
+        (0, "127.1.2.3:65535"),
+        (0, "[::ffff:127.0.0.1]:1"),
+        (1, "[::1]:80"),
+    ] {
+        let mut theirs = connect(to).unwrap();
+        let mut ours = accept(at);
+        let meant = to.parse::<SocketAddr>().unwrap();
+        assert_eq!(ours.local_addr().unwrap().port(), meant.port());
+        assert_eq!(ours.local_addr().unwrap().ip(), meant.ip().to_canonical());
+        theirs.write_all(b"x").unwrap();
+        ours.read_exact(&mut [0]).unwrap();
+    }
+    // What is not to localhost goes where it went.
+    assert!(own.accept().is_err());
+    let _theirs = connect("198.18.0.2:4000").unwrap();
+    own.set_nonblocking(false).unwrap();
+    own.accept().unwrap();
+    assert!(connect("198.18.0.2:80").is_err());
+    drop(taken);
+    assert!(connect("127.0.0.1:80").is_err());
+    let _theirs = connect("127.0.0.1:4000").unwrap();
+    own.accept().unwrap();
+}
+
+#[test]
+fn localhost_elsewhere_is_left_alone() {
+    let (one, other) = (Pod::new("m"), Pod::new("n"));
+    let _taken = Localhost::take(&one.netns).unwrap();
+    let connect = |pod: &Pod| pod.netns.enter(|| TcpStream::connect("127.0.0.1:80")).unwrap();
+    connect(&one).unwrap();
+    assert!(connect(&other).is_err());
+    // Nor are datagrams of any concern.
+    let at = one.netns.enter(|| UdpSocket::bind("127.0.0.1:0")).unwrap().unwrap();
+    let from = one.netns.enter(|| UdpSocket::bind("127.0.0.1:0")).unwrap().unwrap();
+    from.send_to(b"x", at.local_addr().unwrap()).unwrap();
+    assert_eq!(at.recv(&mut [0; 8]).unwrap(), 1);
 }

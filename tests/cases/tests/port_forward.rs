@@ -1,14 +1,16 @@
 //! Servers that listen on a guest's loopback interface only, reached from the host: by
-//! `husk port-forward`.
+//! `husk port-forward`, and by connections to `localhost` of the pod's network namespace.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
-use std::process::{Child, Stdio};
+use std::os::fd::AsFd;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use husk_cases::pods::Husk;
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// How often something that is on its way is looked for on a slow machine, and the pause between.
 const PATIENCE: u32 = 600;
@@ -141,9 +143,52 @@ fn connect(place: SocketAddr) -> std::io::Result<TcpStream> {
     Ok(stream)
 }
 
+/// A network namespace that is not husk's, with an interface.
+struct Namespace(&'static str);
+
+impl Namespace {
+    fn new(name: &'static str) -> Result<Namespace> {
+        let namespace = Namespace(name);
+        Namespace::ip(&format!("netns add {name}"))?;
+        Namespace::ip(&format!("-n {name} link set lo up"))?;
+        Namespace::ip(&format!("link add {name} type veth peer name eth0 netns {name}"))?;
+        Namespace::ip(&format!("-n {name} addr add 10.199.31.2/24 dev eth0"))?;
+        Namespace::ip(&format!("-n {name} link set eth0 up"))?;
+        Ok(namespace)
+    }
+
+    fn ip(args: &str) -> Result<()> {
+        let output = Command::new("ip").args(args.split_whitespace()).output()?;
+        ensure!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    /// A connection from within.
+    fn connect(&self, place: SocketAddr) -> std::io::Result<TcpStream> {
+        let file = std::fs::File::open(format!("/run/netns/{}", self.0))?;
+        let enter = move || {
+            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?;
+            connect(place)
+        };
+        let connected = std::thread::spawn(enter).join();
+        connected.map_err(|_| std::io::Error::other("the thread in it panicked"))?
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        if let Err(error) = Namespace::ip(&format!("netns del {}", self.0)) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
 /// What a server answers to all of it.
 fn ask(place: SocketAddr, question: &[u8]) -> std::io::Result<Vec<u8>> {
-    let mut stream = connect(place)?;
+    talk(connect(place)?, question)
+}
+
+fn talk(mut stream: TcpStream, question: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut answer = Vec::new();
     std::thread::scope(|scope| {
         let mut to = stream.try_clone()?;
@@ -227,4 +272,40 @@ fn many_at_once(place: SocketAddr) -> Result<()> {
         }
         Ok(())
     })
+}
+
+#[test]
+fn localhost_of_the_pods_network_namespace_is_the_guests() -> Result<()> {
+    let namespace = Namespace::new("hklocal")?;
+    let pod = Pod::up("localhosts", "/run/netns/hklocal")?;
+    let (v4, v6) = (IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST));
+    let ask = |ip: IpAddr, port: u16, question: &[u8]| {
+        talk(namespace.connect((ip, port).into())?, question)
+    };
+    // On either address, whichever of the two the server has.
+    let places = [(v4, WHOLE), (v4, ECHO), (v4, ECHO_V6), (v6, WHOLE), (v6, ECHO_V6)];
+    for (ip, port) in places {
+        let mut answer = ask(ip, port, b"are you there?");
+        for _ in 0..PATIENCE {
+            if matches!(&answer, Ok(answer) if answer == b"are you there?") {
+                break;
+            }
+            std::thread::sleep(PAUSE);
+            answer = ask(ip, port, b"are you there?");
+        }
+        ensure!(answer.as_deref().is_ok_and(|a| a == b"are you there?"), "{ip} {port}: {answer:?}");
+    }
+    let question = bytes(10 << 20);
+    let answer = ask(v4, WHOLE, &question)?;
+    ensure!(answer == question, "{} of {}", answer.len(), question.len());
+
+    let mut nobody = namespace.connect((v4, NOBODY).into())?;
+    let reset = nobody.read(&mut [0]);
+    let is_reset = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
+    ensure!(reset.as_ref().is_err_and(is_reset), "{reset:?}");
+    pod.remove()?;
+    let after = namespace.connect((v4, WHOLE).into());
+    let is_refused = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
+    ensure!(after.as_ref().is_err_and(is_refused), "{after:?}");
+    Ok(())
 }

@@ -5,6 +5,7 @@
 
 mod dns;
 mod files;
+mod localhost;
 mod tell;
 
 use std::net::{IpAddr, UdpSocket};
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_network::cni::{Capabilities, PortMapping, Stop};
+use husk_network::localhost::{Localhost, LocalhostError};
 pub use husk_network::pod::NetworkError;
 use husk_network::pod::{Attached, Host, PodNetwork, Request, Source};
 use serde_json::{Map, Value};
@@ -20,7 +22,10 @@ use tokio::task::{JoinError, JoinHandle};
 
 pub(crate) use self::dns::resolv_conf;
 pub(crate) use self::files::hosts;
+use self::localhost::serve;
 pub(crate) use self::tell::update;
+use crate::guest::Guest;
+use crate::task::Task;
 use crate::types::{Network, PodSpec, Protocol};
 
 /// A pod's network that is being made, or was: its [`Undo`] takes it back.
@@ -98,6 +103,20 @@ impl Undo {
             Err(error) => tracing::error!(%error, "the pod's network was not taken back"),
         }
     }
+}
+
+/// Carries connections to `localhost` of a pod's network namespace to its guest, as long as the task
+/// is kept. A pod is of use without it: that it does not work is told in the log.
+pub(crate) fn serve_localhost(
+    localhost: Result<Localhost, LocalhostError>,
+    guest: &Guest,
+) -> Option<Task<()>> {
+    let told = |error: &dyn std::error::Error| {
+        let error = crate::pod::chain(error);
+        tracing::warn!(error, "connections to localhost in the pod's network namespace fail");
+    };
+    let localhost = localhost.inspect_err(|error| told(error)).ok()?;
+    serve(localhost, guest.clone()).inspect_err(|error| told(error)).ok()
 }
 
 /// Takes the networks back of pods whose processes died, on a thread of its own for which nobody

@@ -199,9 +199,9 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         }
     });
     let images = images?;
-    let (nics, snapshot, addresses) = match attached? {
-        Some(Attached { netns: _, addresses, joined: Joined { nics, snapshot } }) => {
-            (nics, Some(snapshot), addresses)
+    let (nics, network, addresses) = match attached? {
+        Some(Attached { netns: _, addresses, joined: Joined { nics, snapshot }, localhost }) => {
+            (nics, Some((snapshot, localhost)), addresses)
         }
         None => (Vec::new(), None, Vec::new()),
     };
@@ -227,7 +227,7 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
     let request = setup_request(spec, &layout, &addresses).await?;
     let setup = async {
         let info = guest.setup_pod(request).await?;
-        if let Some(snapshot) = &snapshot {
+        if let Some((snapshot, _)) = &network {
             guest.update_network(network::update(snapshot)).await?;
         }
         Ok::<_, GuestError>(info)
@@ -238,6 +238,11 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         Err(_) => return Err(GuestError::NotReady { limit }.into()),
     };
     findings.update(|findings| findings.guest = Some(info));
+    if let Some((_, localhost)) = network
+        && let Some(serving) = network::serve_localhost(localhost, &guest)
+    {
+        undo.push("localhost of the network", move || async move { drop(serving) });
+    }
 
     let images: BTreeMap<String, ResolvedImage> = images;
     let runtime = GuestRuntime::new(super::runtime::Parts {
