@@ -7,6 +7,7 @@
 //! Not for: product code. It links none of it but the protocols.
 #![forbid(unsafe_code)]
 
+pub mod background;
 pub mod initramfs;
 pub mod kernel;
 pub mod place;

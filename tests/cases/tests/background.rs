@@ -4,122 +4,14 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::process::{Output, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use husk_cases::pods::Husk;
+use husk_cases::background::{Pod, text};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use serde_json::Value;
-
-/// husk and a pod of a name that no other test uses; the pod is removed when this is dropped.
-struct Pod {
-    husk: &'static Husk,
-    name: &'static str,
-}
-
-impl Drop for Pod {
-    fn drop(&mut self) {
-        if let Err(error) = self.husk.output(&["rm", "-f", self.name]) {
-            eprintln!("{} stays: {error:#}", self.name);
-        }
-    }
-}
-
-impl Pod {
-    /// Starts a pod of these containers, in YAML.
-    fn up(name: &'static str, containers: &str, options: &[&str]) -> Result<Pod> {
-        let manifest = format!(
-            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\nspec:\n  \
-             restartPolicy: Never\n  terminationGracePeriodSeconds: 20\n  containers:\n{containers}"
-        );
-        let pod = Pod { husk: Husk::shared()?, name };
-        let mut args = vec!["run", "-d"];
-        args.extend(options);
-        args.push("-");
-        let mut child = pod
-            .husk
-            .command(&args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        child.stdin.take().context("no input")?.write_all(manifest.as_bytes())?;
-        let output = child.wait_with_output()?;
-        ensure!(output.status.success(), "{}", text(&output.stderr));
-        ensure!(text(&output.stdout) == format!("{name}\n"), "{}", text(&output.stdout));
-        Ok(pod)
-    }
-
-    /// Runs a command on it that must succeed; its standard output.
-    fn ok(&self, args: &[&str]) -> Result<String> {
-        let output = self.husk.output(args)?;
-        ensure!(output.status.success(), "{args:?}: {} {}", output.status, text(&output.stderr));
-        Ok(text(&output.stdout))
-    }
-
-    fn exec(&self, args: &[&str]) -> Result<Output> {
-        self.husk.output(&[&["exec", self.name], args].concat())
-    }
-
-    fn inspect(&self) -> Result<Value> {
-        let all: Value = serde_json::from_str(&self.ok(&["inspect", self.name])?)?;
-        Ok(all[0].clone())
-    }
-
-    fn holder(&self) -> Result<Pid> {
-        let pid = self.inspect()?["pod"]["pid"].as_i64().context("no process")?;
-        Pid::from_raw(pid.try_into()?).context("PID 0")
-    }
-
-    /// The VMM that the holder started.
-    fn vmm(&self) -> Result<Pid> {
-        let holder = self.holder()?.as_raw_nonzero();
-        for thread in std::fs::read_dir(format!("/proc/{holder}/task"))? {
-            let children = std::fs::read_to_string(thread?.path().join("children"))?;
-            if let Some(child) = children.split_whitespace().next() {
-                return Pid::from_raw(child.parse()?).context("PID 0");
-            }
-        }
-        anyhow::bail!("the holder has no child")
-    }
-
-    fn until(&self, what: &str, mut done: impl FnMut(&Pod) -> Result<bool>) -> Result<()> {
-        for _ in 0..600 {
-            if done(self)? {
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        anyhow::bail!("never: {what}")
-    }
-
-    /// Removes it; nothing of it is left then.
-    fn gone(self) -> Result<()> {
-        let pod = self.inspect()?;
-        let uid = pod["pod"]["uid"].as_str().context("no uid")?.to_owned();
-        self.ok(&["rm", self.name])?;
-        for dir in [self.husk.state().join("pods"), "/run/husk/pods".into()] {
-            for entry in std::fs::read_dir(&dir)? {
-                let name = entry?.file_name();
-                ensure!(!name.to_string_lossy().contains(&uid), "{name:?} is left in {dir:?}");
-            }
-        }
-        ensure!(!std::fs::read_to_string("/proc/net/unix")?.contains(&uid), "a socket is left");
-        ensure!(!std::fs::read_to_string("/proc/mounts")?.contains(&uid), "a mount is left");
-        for process in std::fs::read_dir("/proc")? {
-            let command = std::fs::read_to_string(process?.path().join("cmdline"));
-            let of_pod = format!("default/{}", self.name);
-            ensure!(!command.is_ok_and(|c| c.contains(&of_pod)), "a process is left");
-        }
-        Ok(())
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
 
 fn alive(pid: Pid) -> bool {
     std::path::Path::new(&format!("/proc/{}/exe", pid.as_raw_nonzero())).exists()
