@@ -28,6 +28,7 @@ mod files;
 #[doc(hidden)]
 pub mod fuzzing;
 mod host;
+mod hotplug;
 mod kmsg;
 mod log;
 mod net;

@@ -6,7 +6,7 @@
 mod service;
 mod status;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 
 use husk_proto::agent as wire;
 use husk_proto::agent::agent_server::AgentServer;
@@ -16,6 +16,7 @@ use tonic::Status;
 use crate::container::{ContainerError, Runner};
 use crate::dial::Dialer;
 use crate::host::Host;
+use crate::hotplug;
 use crate::net::Network;
 use crate::pod::{self, PodInfo};
 use crate::reaper::Reaper;
@@ -57,6 +58,8 @@ pub(crate) struct Agent {
     pod: Arc<Mutex<Pod>>,
     times: Arc<Mutex<Times>>,
     shutdown: Arc<Notify>,
+    /// Whether devices that a start does not need have been looked for.
+    late_devices: Arc<Once>,
     /// True once streams without an end have to end: an open one would hold the connection.
     over: watch::Sender<bool>,
 }
@@ -75,6 +78,7 @@ impl Agent {
             pod: Arc::new(Mutex::new(Pod::New)),
             times: Arc::new(Mutex::new(Times { init_ns, ready_ns: 0 })),
             shutdown: Arc::default(),
+            late_devices: Arc::new(Once::new()),
             over: watch::Sender::new(false),
         })
     }
@@ -132,6 +136,13 @@ impl Agent {
         let release = rustix::system::uname();
         let kernel_release = release.release().to_string_lossy().into_owned();
         Ok(wire::SetupPodResponse { kernel_release, init_ns, ready_ns })
+    }
+
+    /// The pod runs: what a start does not need can come now.
+    fn look_for_late_devices(&self) {
+        if matches!(self.host, Host::Vm) {
+            self.late_devices.call_once(|| drop(tokio::spawn(hotplug::find_late_devices())));
+        }
     }
 
     async fn shut_down(&self) -> Result<(), Status> {

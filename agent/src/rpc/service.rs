@@ -75,6 +75,7 @@ impl Service for Agent {
         to_the_end(async move {
             let wire::StartContainerRequest { id } = request.into_inner();
             let result = agent.runner.start(&id).await.map_err(|e| container_status(&e))?;
+            agent.look_for_late_devices();
             Ok(wire::StartContainerResponse { failure: result.map(failure) })
         })
         .await

@@ -21,6 +21,10 @@ pub const MAX_MEMORY_MIB: u32 = 1024 * 1024;
 /// Most disks that a VM may have.
 pub const MAX_DISKS: usize = 40;
 
+/// Most disks that can be added to a running VM at the same time. There may be fewer: together with
+/// those that it was started with they are at most [`MAX_DISKS`].
+pub const MAX_HOT_DISKS: usize = 8;
+
 /// Longest virtio-blk serial, in bytes (virtio 1.2, 5.2.6: `VIRTIO_BLK_ID_BYTES`).
 pub const MAX_SERIAL_LEN: usize = 20;
 
@@ -155,6 +159,21 @@ pub enum Request {
         /// The stream socket to join to the connection.
         fd: FdIndex,
     },
+    /// Add a disk to the running VM. Answered by [`Event::DiskAdded`] or [`Event::DiskRefused`].
+    AddDisk {
+        /// Chosen by the sender, comes back in the answer.
+        id: u32,
+        /// The disk.
+        disk: DiskConfig,
+    },
+    /// Take a disk away that was added to the running VM, and of which the guest has let go. Answered
+    /// by [`Event::DiskRemoved`], when its descriptor is closed, or [`Event::DiskRefused`].
+    RemoveDisk {
+        /// Chosen by the sender, comes back in the answer.
+        id: u32,
+        /// By what the guest knows the disk.
+        serial: String,
+    },
     /// Ask for [`Event::Counters`].
     Counters,
     /// Stop the VM now, without telling the guest. Answered by [`Event::Exited`] with
@@ -189,6 +208,26 @@ pub enum Event {
     },
     /// A [`Request::VsockConnect`] failed; its descriptor is closed.
     VsockRefused {
+        /// The request's.
+        id: u32,
+        /// Why.
+        reason: String,
+    },
+    /// A [`Request::AddDisk`] succeeded. The guest's driver finds the disk when it is told to look.
+    DiskAdded {
+        /// The request's.
+        id: u32,
+        /// Number of the device among those on the guest's command line: its driver calls the place
+        /// `virtio-mmio.DEVICE`.
+        device: u32,
+    },
+    /// A [`Request::RemoveDisk`] succeeded.
+    DiskRemoved {
+        /// The request's.
+        id: u32,
+    },
+    /// A [`Request::AddDisk`] or [`Request::RemoveDisk`] failed, and changed nothing.
+    DiskRefused {
         /// The request's.
         id: u32,
         /// Why.
@@ -298,7 +337,8 @@ pub struct Counters {
     /// vCPU exits to user space by kind: `io_in`, `io_out`, `mmio_read`, `mmio_write`, `hlt`,
     /// `interrupted`, ...
     pub exits: BTreeMap<String, u64>,
-    /// Per device, by its name (`rng`, `console`, `vsock`, `blk:SERIAL`, `net:POSITION`).
+    /// Per device, by its name (`rng`, `balloon`, `console`, `vsock`, `blk:SERIAL`,
+    /// `net:POSITION`).
     pub devices: BTreeMap<String, DeviceCounts>,
     /// When each phase was reached, in ns of `CLOCK_MONOTONIC`.
     pub phases_ns: BTreeMap<Phase, u64>,
@@ -326,4 +366,6 @@ pub struct DeviceCounts {
     pub drops_to_guest: u64,
     /// Packets of the guest that are malformed, or that the host refused.
     pub drops_from_guest: u64,
+    /// Bytes of memory that the guest gave back. Only the balloon takes them.
+    pub bytes_released: u64,
 }

@@ -15,6 +15,7 @@ pub struct DeviceCounters {
     packets_from_guest: AtomicU64,
     drops_to_guest: AtomicU64,
     drops_from_guest: AtomicU64,
+    bytes_released: AtomicU64,
 }
 
 impl DeviceCounters {
@@ -58,6 +59,11 @@ impl DeviceCounters {
         self.drops_from_guest.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// The guest gave so many bytes of its memory back.
+    pub fn count_released(&self, bytes: u64) {
+        self.bytes_released.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// The counts now.
     #[must_use]
     pub fn snapshot(&self) -> DeviceCounts {
@@ -70,6 +76,7 @@ impl DeviceCounters {
             packets_from_guest: self.packets_from_guest.load(Ordering::Relaxed),
             drops_to_guest: self.drops_to_guest.load(Ordering::Relaxed),
             drops_from_guest: self.drops_from_guest.load(Ordering::Relaxed),
+            bytes_released: self.bytes_released.load(Ordering::Relaxed),
         }
     }
 }

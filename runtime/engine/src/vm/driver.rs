@@ -196,6 +196,7 @@ impl Driver {
         // Who waits for the guest learns of its end by `exited`.
         lock(&self.shared.accepts).clear();
         lock(&self.shared.counters).clear();
+        lock(&self.shared.disks).clear();
         self.exit.send_replace(Some(Arc::new(exit)));
     }
 }
@@ -233,6 +234,9 @@ fn handle(shared: &Shared, mut received: Received<Event>) -> Option<Exit> {
                 drop(waiter.send(*counters));
             }
         }
+        Event::DiskAdded { id, device } => lock(&shared.disks).answered(id, Ok(Some(device))),
+        Event::DiskRemoved { id } => lock(&shared.disks).answered(id, Ok(None)),
+        Event::DiskRefused { id, reason } => lock(&shared.disks).answered(id, Err(reason)),
         Event::VsockConnected { id } => tracing::debug!(id, "an answer to nothing"),
         Event::VsockRefused { id, reason } => tracing::debug!(id, reason, "an answer to nothing"),
         Event::Exited(exit) => return Some(exit),

@@ -6,6 +6,7 @@
 //! However the VM ends, also by a SIGKILL of its process, [`Vm::exited`] says so and why.
 
 pub mod assets;
+mod disks;
 mod driver;
 pub mod kvm;
 mod process;
@@ -72,6 +73,14 @@ pub enum VmError {
     /// The VM has ended.
     #[error("the VM has ended: {0}")]
     Ended(Arc<VmExit>),
+    /// A disk could not be added to the running VM, or taken away from it.
+    #[error("the VM refuses to add or remove disk {serial}: {reason}")]
+    Disk {
+        /// By what the guest knows it, or would.
+        serial: String,
+        /// What the VMM said.
+        reason: String,
+    },
     /// A connection that was waited for is not coming.
     #[error("the guest does not connect to port {port}")]
     NoConnection {
@@ -215,6 +224,8 @@ struct Shared {
     accepts: Mutex<HashMap<u32, oneshot::Sender<Option<UnixStream>>>>,
     /// Who waits for counters, first come first served.
     counters: Mutex<VecDeque<oneshot::Sender<Counters>>>,
+    /// Who waits for the answer to which change of disks.
+    disks: Mutex<disks::Waiting>,
     /// When which phase was reached, in ns of `CLOCK_MONOTONIC`; each phase once.
     phases: Mutex<Vec<(Phase, u64)>>,
 }

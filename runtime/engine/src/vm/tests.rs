@@ -193,3 +193,29 @@ async fn counters_are_answered_to_who_asked() {
     assert_eq!(vm.counters().await.unwrap().io_exits_at_agent_ready, Some(3));
     answer.join().unwrap();
 }
+
+#[tokio::test]
+async fn answers_about_disks_go_to_who_asked() {
+    let (vm, vmm) = vm_in_hand().await;
+    let answers = std::thread::spawn(move || {
+        let mut received = vmm.receive::<Request>().unwrap().unwrap();
+        let Request::AddDisk { id, disk } = received.message.clone() else { panic!() };
+        assert_eq!((disk.serial.as_str(), disk.read_only), ("data", true));
+        received.take_fd(disk.fd).unwrap();
+        vmm.send(&Event::DiskRemoved { id: id + 1 }, &[]).unwrap();
+        vmm.send(&Event::DiskAdded { id, device: 9 }, &[]).unwrap();
+        let message = vmm.receive::<Request>().unwrap().unwrap().message;
+        let Request::RemoveDisk { id, serial } = message else { panic!("{message:?}") };
+        let reason = format!("there is no {serial}");
+        vmm.send(&Event::DiskRefused { id, reason }, &[]).unwrap();
+        let _third = vmm.receive::<Request>().unwrap().unwrap();
+        vmm.send(&Event::Exited(Exit::PowerOff), &[]).unwrap();
+    });
+    let image = tempfile::tempfile().unwrap().into();
+    let disk = Disk { serial: "data".into(), image, read_only: true };
+    assert_eq!(vm.add_disk(disk).await.unwrap(), 9);
+    let refused = vm.remove_disk("other").await.unwrap_err();
+    assert!(refused.to_string().ends_with("other: there is no other"), "{refused}");
+    assert!(matches!(vm.remove_disk("data").await, Err(VmError::Ended(_))));
+    answers.join().unwrap();
+}

@@ -10,19 +10,22 @@ use husk_vmm_api::Phase;
 
 use super::BusDevice;
 use crate::counters::ExitCounters;
+use crate::devices::virtio::mmio::slot::Hidden;
 use crate::machine::report::{Ending, Reporter};
 
 /// The signal port (`husk_proto::guest::SIGNAL_PORT`).
 pub struct SignalPort {
     reporter: Reporter,
     exits: Arc<ExitCounters>,
+    late: Vec<Hidden>,
 }
 
 impl SignalPort {
-    /// A port that reports what the agent writes, each thing once.
+    /// A port that reports what the agent writes, each thing once. The `late` devices are shown to the
+    /// guest when the agent is ready.
     #[must_use]
-    pub fn new(reporter: Reporter, exits: Arc<ExitCounters>) -> Self {
-        SignalPort { reporter, exits }
+    pub fn new(reporter: Reporter, exits: Arc<ExitCounters>, late: Vec<Hidden>) -> Self {
+        SignalPort { reporter, exits, late }
     }
 }
 
@@ -35,6 +38,8 @@ impl BusDevice for SignalPort {
             [signal::READY] => {
                 self.exits.mark_agent_ready();
                 self.reporter.phase(Phase::AgentReady);
+                // Here and not by who hears of it: the agent may look for them at once.
+                self.late.drain(..).for_each(|device| device.show());
             }
             [signal::POWER_OFF] => self.reporter.end(Ending::PowerOff),
             [signal::REBOOT] => self.reporter.end(Ending::Reboot),
@@ -51,7 +56,7 @@ mod tests {
     #[test]
     fn a_guest_that_repeats_itself_is_heard_once() {
         let (reporter, reports) = report::channel().unwrap();
-        let mut port = SignalPort::new(reporter, Arc::default());
+        let mut port = SignalPort::new(reporter, Arc::default(), Vec::new());
         for _ in 0..1000 {
             port.write(0, &[signal::INIT]);
             port.write(0, &[signal::READY]);
@@ -72,7 +77,7 @@ mod tests {
     #[test]
     fn the_first_end_counts() {
         let (reporter, reports) = report::channel().unwrap();
-        let mut port = SignalPort::new(reporter, Arc::default());
+        let mut port = SignalPort::new(reporter, Arc::default(), Vec::new());
         port.write(0, &[signal::POWER_OFF]);
         port.write(0, &[signal::REBOOT]);
         assert_eq!(reports.drain(), [VmEvent::Ended(Ending::PowerOff)]);

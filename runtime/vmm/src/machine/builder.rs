@@ -10,17 +10,21 @@ use std::fs::File;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
-use husk_vmm_api::{ChannelError, DiskConfig, NicConfig, Phase, Received, Request, VmConfig};
+use husk_vmm_api::{
+    ChannelError, DiskConfig, MAX_DISKS, MAX_HOT_DISKS, NicConfig, Phase, Received, Request,
+    VmConfig,
+};
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_enable_cap, kvm_msi,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{self, ConfigError};
 use super::report::Reporter;
+use super::slots::{self, SlotError, Slots};
 use super::vcpu;
 use crate::GuestMemory;
 use crate::arch::boot_params::{self, BootParamsError};
@@ -36,8 +40,10 @@ use crate::devices::reset::ResetLine;
 use crate::devices::serial::SerialPort;
 use crate::devices::signal::SignalPort;
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::blk::{Blk, BlkError};
+use crate::devices::virtio::balloon::Balloon;
+use crate::devices::virtio::blk::{self, Blk, BlkError};
 use crate::devices::virtio::console::Console;
+use crate::devices::virtio::mmio::slot::Hidden;
 use crate::devices::virtio::mmio::window::{Window, Windows};
 use crate::devices::virtio::mmio::{MmioTransport, WINDOW_LEN};
 use crate::devices::virtio::net::{Net, TapError};
@@ -148,6 +154,9 @@ pub enum BuildError {
         #[source]
         source: std::io::Error,
     },
+    /// A device that comes later, or a place for one.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
     /// Two devices at one address.
     #[error(transparent)]
     Bus(#[from] RangeTaken),
@@ -169,12 +178,14 @@ pub type NamedCounters = (String, Arc<DeviceCounters>);
 pub struct Machine {
     vcpus: Vec<VcpuFd>,
     shared: vcpu::Shared,
-    /// Counters of the virtio devices.
-    pub devices: Vec<NamedCounters>,
+    /// Counters of the virtio devices that were there from the start.
+    devices: Vec<NamedCounters>,
     /// The guest kernel's log.
     pub console: Arc<ConsoleLog>,
     /// To connect to the guest's vsock ports, if the VM has a vsock device.
     pub vsock: Option<VsockHandle>,
+    /// Disks that come and go while the guest runs.
+    slots: Slots,
     // Both must live as long as the vCPUs; the process's end is their end.
     _vm: Arc<VmFd>,
     _memory: GuestMemory,
@@ -191,6 +202,38 @@ impl Machine {
                 .map_err(|source| BuildError::Thread { id, source })?;
         }
         Ok(())
+    }
+
+    /// Adds a disk to the running guest, from a descriptor that came with `request`. Returns the
+    /// device's number.
+    ///
+    /// # Errors
+    /// The configuration or the descriptor is not one of a disk, or there is no place for it.
+    pub fn add_disk(
+        &mut self,
+        disk: &DiskConfig,
+        request: &mut Received<Request>,
+    ) -> Result<u32, BuildError> {
+        config::validate_serial(&disk.serial)?;
+        let blk = open_disk(disk, request)?;
+        if self.counters().any(|(name, _)| name == blk.name()) {
+            return Err(ConfigError::SerialTaken { serial: disk.serial.clone() }.into());
+        }
+        Ok(self.slots.add(Box::new(blk))?)
+    }
+
+    /// Takes a disk away that was added to the running guest. Blocks for as long as the host takes for
+    /// the request that it is at.
+    ///
+    /// # Errors
+    /// There is no such disk.
+    pub fn remove_disk(&mut self, serial: &str) -> Result<(), BuildError> {
+        Ok(self.slots.remove(&blk::name_of(serial))?)
+    }
+
+    /// Counters of the virtio devices that there are now.
+    pub fn counters(&self) -> impl Iterator<Item = &NamedCounters> {
+        self.devices.iter().chain(self.slots.counters())
     }
 
     /// Exits of all vCPUs.
@@ -250,15 +293,18 @@ pub fn build(
         }
         None => None,
     };
-    devices.add(Box::new(Rng::new()))?;
+    let rng = devices.add(Box::new(Rng::new()))?;
     for disk in &config.disks {
         devices.add(Box::new(open_disk(disk, boot)?))?;
     }
     for (position, nic) in config.nics.iter().enumerate() {
         devices.add(Box::new(open_nic(position, nic, boot)?))?;
     }
+    // What comes once the guest runs shares the line of a device that is silent by then.
+    let balloon = devices.add_late(Box::new(Balloon::new()), rng)?;
+    let slots = devices.add_slots(MAX_DISKS.saturating_sub(config.disks.len()), rng)?;
     let exits = Arc::new(ExitCounters::default());
-    devices.add_legacy(config, &console, &exits)?;
+    devices.add_legacy(config, &console, &exits, vec![balloon])?;
     let Devices { ioapic, mut mmio, ports, counters, cmdline, .. } = devices;
     let inputs = ioapic.inputs();
     mmio.insert(layout::IO_APIC.into(), ioapic::WINDOW_LEN, Arc::new(Mutex::new(ioapic)))?;
@@ -271,7 +317,7 @@ pub fn build(
 
     let shared = vcpu::Shared { ports: Arc::new(ports), mmio: Arc::new(mmio), exits, reporter };
     let devices = counters;
-    Ok(Machine { vcpus, shared, devices, console, vsock, _vm: vm, _memory: memory })
+    Ok(Machine { vcpus, shared, devices, console, vsock, slots, _vm: vm, _memory: memory })
 }
 
 fn take(
@@ -415,7 +461,7 @@ fn announcement(window: u64, irq: u32) -> String {
 /// The devices as they are added: their places in both address spaces, and how the guest learns of
 /// them.
 struct Devices<'a> {
-    vm: &'a VmFd,
+    vm: &'a Arc<VmFd>,
     memory: &'a GuestMemory,
     windows: &'a Arc<Windows>,
     reporter: &'a Reporter,
@@ -424,9 +470,12 @@ struct Devices<'a> {
     ports: Bus,
     counters: Vec<NamedCounters>,
     cmdline: String,
+    /// How many windows are taken.
     count: u32,
+    /// How many of the interrupt lines are.
+    lines: u32,
     /// Where the guest's acknowledgements of interrupts end: nobody reads it.
-    acks: EventFd,
+    acks: Arc<EventFd>,
 }
 
 impl<'a> Devices<'a> {
@@ -458,36 +507,78 @@ impl<'a> Devices<'a> {
             counters,
             cmdline,
             count: 0,
-            acks,
+            lines: 0,
+            acks: Arc::new(acks),
         })
     }
 
     /// Adds a virtio device: a window, an interrupt line, an ioeventfd per queue and one for the
-    /// acknowledgements.
-    fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
+    /// acknowledgements. Returns the line.
+    fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<u32, BuildError> {
+        let irq = layout::irq_of(self.lines);
+        self.lines = self.lines.saturating_add(1);
+        let (place, transport) = self.transport(device, irq)?;
+        self.insert(place, transport, irq)?;
+        Ok(irq)
+    }
+
+    /// Adds a device that the guest does not see yet, on the interrupt line `irq` of another one.
+    fn add_late(&mut self, device: Box<dyn VirtioDevice>, irq: u32) -> Result<Hidden, BuildError> {
+        let (place, transport) = self.transport(device, irq)?;
+        let hidden = Hidden::new(&transport);
+        self.insert(place, transport, irq)?;
+        Ok(hidden)
+    }
+
+    /// Adds places for disks that come later, at most so many, whose devices share the line `irq`.
+    fn add_slots(&mut self, most: usize, irq: u32) -> Result<Slots, BuildError> {
+        let line = self.line("hot-added disks", irq)?;
+        let (memory, reporter) = (self.memory.clone(), self.reporter.clone());
+        let mut slots = Slots::new(self.vm.clone(), memory, reporter, line, self.acks.clone());
+        for _ in 0..most.min(MAX_HOT_DISKS) {
+            let (number, address) = (self.count, layout::mmio_of(self.count));
+            let slot = slots.push(number, address, self.window("hot-added disk")?);
+            self.announce(address, irq, slot)?;
+        }
+        Ok(slots)
+    }
+
+    /// A device behind its transport in the next window, and that window's address.
+    fn transport(
+        &mut self,
+        device: Box<dyn VirtioDevice>,
+        irq: u32,
+    ) -> Result<(u64, MmioTransport), BuildError> {
         let name = device.name().to_owned();
-        let (window, irq) = (layout::mmio_of(self.count), layout::irq_of(self.count));
         let place = (self.window(&name)?, self.line(&name, irq)?);
         let (memory, reporter) = (self.memory.clone(), self.reporter.clone());
         let transport = MmioTransport::new(memory, device, reporter, place)
-            .map_err(|source| BuildError::Device { device: name.clone(), source })?;
-        let (ack, used_ring) = MmioTransport::USED_RING_ACK;
-        self.vm
-            .register_ioevent(
-                &self.acks,
-                &IoEventAddress::Mmio(window.saturating_add(ack)),
-                used_ring,
-            )
-            .map_err(kvm_error("register an interrupt's acknowledgement"))?;
-        let notify = IoEventAddress::Mmio(window.saturating_add(MmioTransport::QUEUE_NOTIFY));
-        for (queue, kick) in (0_u32..).zip(transport.queue_kicks()) {
-            self.vm
-                .register_ioevent(kick, &notify, queue)
-                .map_err(kvm_error("register a queue notification"))?;
-        }
-        self.counters.push((name, transport.counters().clone()));
-        self.mmio.insert(window, WINDOW_LEN, Arc::new(Mutex::new(transport)))?;
-        self.cmdline.push_str(&announcement(window, irq));
+            .map_err(|source| BuildError::Device { device: name, source })?;
+        Ok((layout::mmio_of(self.count), transport))
+    }
+
+    /// Wires a transport to KVM and puts it on the bus.
+    fn insert(
+        &mut self,
+        address: u64,
+        transport: MmioTransport,
+        irq: u32,
+    ) -> Result<(), BuildError> {
+        let kicks: Vec<&EventFd> = transport.queue_kicks().iter().collect();
+        slots::wire(self.vm, &self.acks, &kicks, address)?;
+        self.counters.push((transport.name().to_owned(), transport.counters()));
+        self.announce(address, irq, Arc::new(Mutex::new(transport)))
+    }
+
+    /// Puts what answers at `address`, the next window, on the bus and on the command line.
+    fn announce(
+        &mut self,
+        address: u64,
+        irq: u32,
+        device: Arc<Mutex<dyn BusDevice>>,
+    ) -> Result<(), BuildError> {
+        self.mmio.insert(address, WINDOW_LEN, device)?;
+        self.cmdline.push_str(&announcement(address, irq));
         self.count = self.count.saturating_add(1);
         Ok(())
     }
@@ -514,10 +605,11 @@ impl<'a> Devices<'a> {
         config: &VmConfig,
         console: &Arc<ConsoleLog>,
         exits: &Arc<ExitCounters>,
+        late: Vec<Hidden>,
     ) -> Result<(), BuildError> {
         let reset = ResetLine::new(self.memory.clone(), self.reporter.clone());
         self.add_port(layout::KEYBOARD_PORT, layout::KEYBOARD_PORT_SIZE, reset)?;
-        let signal = SignalPort::new(self.reporter.clone(), exits.clone());
+        let signal = SignalPort::new(self.reporter.clone(), exits.clone(), late);
         self.add_port(husk_proto::guest::SIGNAL_PORT.into(), 1, signal)?;
         if config.serial_console {
             let line = self.line("serial", layout::SERIAL_IRQ)?;
@@ -544,8 +636,8 @@ mod tests {
     #[test]
     fn the_most_devices_fit_on_the_command_line() {
         let most = husk_vmm_api::MAX_DISKS + husk_vmm_api::MAX_NICS;
-        // Console, vsock and rng come first.
-        let devices: String = (0..most as u32 + 3)
+        // Console, vsock, rng and balloon come first.
+        let devices: String = (0..most as u32 + 4)
             .map(|device| announcement(layout::mmio_of(device), layout::irq_of(device)))
             .collect();
         let len = format!("{CMDLINE} {CMDLINE_SERIAL}{devices}").len();

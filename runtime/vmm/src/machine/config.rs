@@ -22,20 +22,15 @@ pub enum ConfigError {
     },
     /// A disk's serial is empty, too long, or not printable ASCII without spaces.
     #[error(
-        "disks[{index}].serial is {serial:?}, accepted are 1 to {MAX_SERIAL_LEN} printable ASCII \
-         characters"
+        "a disk's serial is {serial:?}, accepted are 1 to {MAX_SERIAL_LEN} printable ASCII characters"
     )]
     Serial {
-        /// The disk's position.
-        index: usize,
         /// The serial.
         serial: String,
     },
     /// Two disks have the same serial.
-    #[error("disks[{index}].serial {serial:?} is another disk's too")]
-    DuplicateSerial {
-        /// The later disk's position.
-        index: usize,
+    #[error("the serial {serial:?} is another disk's too")]
+    SerialTaken {
         /// The serial.
         serial: String,
     },
@@ -71,17 +66,25 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
         range("vsock.guest_cid", vsock.guest_cid, 3, u64::from(u32::MAX).saturating_sub(1))?;
     }
     let mut seen = std::collections::HashSet::new();
-    for (index, disk) in config.disks.iter().enumerate() {
-        let serial = disk.serial.clone();
-        let fits = (1..=MAX_SERIAL_LEN).contains(&serial.len());
-        if !fits || !serial.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(ConfigError::Serial { index, serial });
-        }
+    for disk in &config.disks {
+        validate_serial(&disk.serial)?;
         if !seen.insert(&disk.serial) {
-            return Err(ConfigError::DuplicateSerial { index, serial });
+            return Err(ConfigError::SerialTaken { serial: disk.serial.clone() });
         }
     }
     validate_nics(&config.nics)
+}
+
+/// Checks the serial of a disk.
+///
+/// # Errors
+/// [`ConfigError::Serial`].
+pub fn validate_serial(serial: &str) -> Result<(), ConfigError> {
+    let fits = (1..=MAX_SERIAL_LEN).contains(&serial.len());
+    if !fits || !serial.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(ConfigError::Serial { serial: serial.to_owned() });
+    }
+    Ok(())
 }
 
 fn validate_nics(nics: &[NicConfig]) -> Result<(), ConfigError> {
@@ -177,9 +180,9 @@ mod tests {
         };
         assert_eq!(with(&["scratch", "layer-0"]), Ok(()));
         for bad in ["", "a b", "ä", "012345678901234567890"] {
-            assert!(matches!(with(&["ok", bad]), Err(ConfigError::Serial { index: 1, .. })));
+            assert!(matches!(with(&["ok", bad]), Err(ConfigError::Serial { .. })));
         }
-        assert!(matches!(with(&["a", "a"]), Err(ConfigError::DuplicateSerial { index: 1, .. })));
+        assert!(matches!(with(&["a", "a"]), Err(ConfigError::SerialTaken { .. })));
         let many: Vec<String> = (0..=MAX_DISKS).map(|i| i.to_string()).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
         assert!(matches!(with(&many), Err(ConfigError::Range { .. })));

@@ -116,7 +116,7 @@ fn run_to_end(
         if reported && let Some(ending) = forward(channel, phases, &reports) {
             return Ok(outcome(ending, &machine.console));
         }
-        if requested && handle_request(channel, phases, &machine)? {
+        if requested && handle_request(channel, phases, &mut machine)? {
             return Ok(Exit::Stopped);
         }
     }
@@ -155,7 +155,7 @@ fn forward(
 fn handle_request(
     channel: &Channel,
     phases: &BTreeMap<Phase, u64>,
-    machine: &Machine,
+    machine: &mut Machine,
 ) -> Result<bool, RunError> {
     let mut received = match channel.receive::<Request>() {
         Ok(Some(received)) => received,
@@ -167,14 +167,13 @@ fn handle_request(
         }
         Err(error) => return Err(error.into()),
     };
-    match &received.message {
+    match received.message.clone() {
         Request::Stop => return Ok(true),
         Request::Boot(_) => tracing::error!("ignored a second `boot`"),
         Request::Counters => {
             tell(channel, &Event::Counters(Box::new(counters(phases, machine))));
         }
         Request::VsockConnect { id, port, fd } => {
-            let (id, port, fd) = (*id, *port, *fd);
             let refused = match (received.take_fd(fd), &machine.vsock) {
                 (Ok(stream), Some(vsock)) => {
                     vsock.connect(id, port, stream).err().map(|e| e.to_string())
@@ -186,6 +185,20 @@ fn handle_request(
                 tell(channel, &Event::VsockRefused { id, reason });
             }
         }
+        Request::AddDisk { id, disk } => {
+            let answer = match machine.add_disk(&disk, &mut received) {
+                Ok(device) => Event::DiskAdded { id, device },
+                Err(error) => Event::DiskRefused { id, reason: chain(&error) },
+            };
+            tell(channel, &answer);
+        }
+        Request::RemoveDisk { id, serial } => {
+            let answer = match machine.remove_disk(&serial) {
+                Ok(()) => Event::DiskRemoved { id },
+                Err(error) => Event::DiskRefused { id, reason: chain(&error) },
+            };
+            tell(channel, &answer);
+        }
     }
     Ok(false)
 }
@@ -193,7 +206,7 @@ fn handle_request(
 fn counters(phases: &BTreeMap<Phase, u64>, machine: &Machine) -> Counters {
     Counters {
         exits: machine.exits().snapshot(),
-        devices: machine.devices.iter().map(|(name, c)| (name.clone(), c.snapshot())).collect(),
+        devices: machine.counters().map(|(name, c)| (name.clone(), c.snapshot())).collect(),
         phases_ns: phases.clone(),
         io_exits_at_agent_ready: machine.exits().at_agent_ready(),
     }

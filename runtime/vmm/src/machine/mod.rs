@@ -5,4 +5,5 @@ pub mod builder;
 pub mod config;
 pub mod control;
 pub mod report;
+pub mod slots;
 pub mod vcpu;

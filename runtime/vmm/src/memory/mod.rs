@@ -1,5 +1,7 @@
 //! Guest memory: anonymous, private, reserved nowhere until touched.
 
+pub mod release;
+
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 

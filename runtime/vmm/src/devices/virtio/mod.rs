@@ -11,6 +11,7 @@
 //! What a device builds on: [`chain`] (descriptor chains that are completed exactly once) and
 //! [`worker`] (the thread that serves the queues).
 
+pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod console;

@@ -71,8 +71,14 @@ impl Blk {
     pub fn new(serial: &str, file: File, read_only: bool) -> Result<Self, BlkError> {
         let disk = Arc::new(Disk::new(serial, file, read_only)?);
         let config = config_space(disk.sectors());
-        Ok(Blk { name: format!("blk:{serial}"), disk, config, worker: None })
+        Ok(Blk { name: name_of(serial), disk, config, worker: None })
     }
+}
+
+/// The device's name of the disk that the guest knows by `serial`.
+#[must_use]
+pub fn name_of(serial: &str) -> String {
+    format!("blk:{serial}")
 }
 
 /// The configuration space (5.2.4).

@@ -226,6 +226,12 @@ impl<'a> Writable<'a> {
         self.0.len == 0
     }
 
+    /// The buffers themselves, for a device to which they say more than where bytes go: guest-physical
+    /// address and length of each.
+    pub fn ranges(&self) -> impl Iterator<Item = (GuestAddress, u32)> + use<'a> {
+        self.0.segments.iter().map(|segment| (segment.address, segment.len))
+    }
+
     /// Writes `bytes` at `offset`.
     ///
     /// # Errors

@@ -5,10 +5,13 @@
 //! may not write at all, changes nothing. When the driver sets `DRIVER_OK`, queues that were checked
 //! move into the device; a register write can no longer reach them.
 //!
+//! A device that comes while the guest runs has its transport in a [`slot`].
+//!
 //! Not for: the devices' work (their workers do it), or wiring to KVM (`machine` does it, with
 //! [`MmioTransport::queue_kicks`]).
 
 mod queue;
+pub mod slot;
 pub mod status;
 pub mod window;
 

@@ -628,3 +628,60 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_place_is_a_placeholder_until_a_device_comes_and_after_it_went() {
+    let window = window();
+    let mut slot = slot::Slot::new(window.clone());
+    let read = |slot: &mut slot::Slot, offset| {
+        let mut data = [0xaa; 4];
+        slot.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    };
+    let placeholder = |slot: &mut slot::Slot| {
+        slot.write(register::STATUS, &ACKNOWLEDGE.to_le_bytes());
+        let identity = [register::MAGIC_VALUE, register::VERSION, register::DEVICE_ID];
+        assert_eq!(identity.map(|offset| read(slot, offset)), [MAGIC, VERSION, 0]);
+        assert!((register::VENDOR_ID..WINDOW_LEN).step_by(4).all(|at| read(slot, at) == 0));
+        assert!(slot.is_empty());
+    };
+    placeholder(&mut slot);
+    for _ in 0..2 {
+        let held = Held::default();
+        let device = Box::new(Fake { held: held.clone(), fails: false });
+        let place = (window.clone(), interrupt_line() as Arc<dyn Line>);
+        let transport = MmioTransport::new(memory(), device, channel().unwrap().0, place);
+        slot.fill(transport.unwrap());
+        assert!(!slot.is_empty());
+        assert_eq!(read(&mut slot, register::DEVICE_ID), 42);
+        slot.write(register::STATUS, &ACKNOWLEDGE.to_le_bytes());
+        assert_eq!(read(&mut slot, register::STATUS), ACKNOWLEDGE);
+        slot.clear();
+        assert!(held.lock().unwrap().is_none());
+        placeholder(&mut slot);
+    }
+}
+
+#[test]
+fn a_place_that_is_emptied_ends_the_device_at_once() {
+    let mut guest = Guest::new();
+    guest.negotiate(0);
+    guest.set_up_queue(0, 16);
+    guest.set_up_queue(1, 8);
+    guest.activate();
+    assert!(guest.is_active());
+    let mut slot = slot::Slot::new(guest.transport.window.clone());
+    slot.fill(guest.transport);
+    slot.clear();
+    assert!(guest.held.lock().unwrap().is_none());
+}
+
+#[test]
+fn a_late_device_looks_like_a_placeholder_until_it_is_shown() {
+    let mut guest = Guest::new();
+    let hidden = slot::Hidden::new(&guest.transport);
+    assert_eq!(guest.read(register::DEVICE_ID), 0);
+    assert_eq!(guest.read(register::MAGIC_VALUE), MAGIC);
+    hidden.show();
+    assert_eq!(guest.read(register::DEVICE_ID), 42);
+}

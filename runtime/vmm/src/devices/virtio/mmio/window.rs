@@ -102,6 +102,13 @@ impl Window {
         self.with(offset, |register| register.fetch_add(1, Ordering::SeqCst));
     }
 
+    /// Makes all of it zeros.
+    pub(super) fn clear(&self) {
+        for offset in (0..WINDOW_LEN).step_by(4) {
+            self.set(offset, 0);
+        }
+    }
+
     /// What the guest sees at `offset`: zeros behind the end.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (0_u64..).zip(data) {
