@@ -28,14 +28,18 @@ pub const MAX_HOT_DISKS: usize = 8;
 /// Longest virtio-blk serial, in bytes (virtio 1.2, 5.2.6: `VIRTIO_BLK_ID_BYTES`).
 pub const MAX_SERIAL_LEN: usize = 20;
 
+/// Longest tag of a file-system device, in bytes (virtio 1.2, 5.11.4).
+pub const MAX_TAG_LEN: usize = 36;
+
 /// Most NICs that a VM may have.
 pub const MAX_NICS: usize = 8;
 
 /// Most queue pairs that a NIC may have.
 pub const MAX_QUEUE_PAIRS: usize = 8;
 
-// A boot takes all of them along, beside /dev/kvm, kernel, initramfs and console.
-const _: () = assert!(MAX_DISKS + MAX_NICS * MAX_QUEUE_PAIRS + 4 <= crate::MAX_FDS);
+// A boot takes all of them along, beside /dev/kvm, kernel, initramfs, console and the file server's
+// socket.
+const _: () = assert!(MAX_DISKS + MAX_NICS * MAX_QUEUE_PAIRS + 5 <= crate::MAX_FDS);
 
 /// Least MTU of a NIC, in bytes (RFC 791).
 pub const MIN_MTU: u16 = 68;
@@ -74,6 +78,9 @@ pub struct VmConfig {
     pub nics: Vec<NicConfig>,
     /// The guest's vsock device, if it has one.
     pub vsock: Option<VsockConfig>,
+    /// The guest's file-system device, if it has one. The VMM then shares guest memory with the
+    /// process that serves it.
+    pub fs: Option<FsConfig>,
 }
 
 impl VmConfig {
@@ -141,6 +148,16 @@ pub struct TokenBucketConfig {
 pub struct VsockConfig {
     /// The guest's context ID, at least 3 and less than 2^32 - 1.
     pub guest_cid: u64,
+}
+
+/// The file-system device (virtio-fs), whose requests another process serves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// By what the guest mounts it: 1 to [`MAX_TAG_LEN`] bytes of printable ASCII.
+    pub tag: String,
+    /// A stream socket that is connected to a back-end of vhost-user.
+    pub socket: FdIndex,
 }
 
 /// From the pod's process to the VMM.
@@ -231,6 +248,12 @@ pub enum Event {
         /// The request's.
         id: u32,
         /// Why.
+        reason: String,
+    },
+    /// The process that serves the file-system device is gone or of no use. The VM runs on; what the
+    /// guest asks of the device fails with `ENOTCONN`. Told once at most.
+    FileServerLost {
+        /// Why, as seen from the VMM.
         reason: String,
     },
     /// The answer to [`Request::Counters`].
@@ -338,7 +361,7 @@ pub struct Counters {
     /// `interrupted`, ...
     pub exits: BTreeMap<String, u64>,
     /// Per device, by its name (`rng`, `balloon`, `console`, `vsock`, `blk:SERIAL`,
-    /// `net:POSITION`).
+    /// `net:POSITION`; `fs`, whose kicks and bytes its server does not tell).
     pub devices: BTreeMap<String, DeviceCounts>,
     /// When each phase was reached, in ns of `CLOCK_MONOTONIC`.
     pub phases_ns: BTreeMap<Phase, u64>,

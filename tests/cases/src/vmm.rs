@@ -44,6 +44,7 @@ impl Vm {
             disks: Vec::new(),
             nics: Vec::new(),
             vsock: Some(VsockConfig { guest_cid: 3 }),
+            fs: None,
         };
         Ok(Vm { config, fds: vec![kvm.into(), kernel.into()] })
     }

@@ -125,10 +125,11 @@ mod tests {
 
     use super::elf::tests::{Builder, file};
     use super::*;
+    use crate::memory::Sharing;
 
     #[test]
     fn segments_land_at_their_physical_addresses() {
-        let memory = memory::map(48).unwrap();
+        let memory = memory::map(48, Sharing::Private).unwrap();
         let kernel = Builder::default()
             .entry(0x100_0010)
             .segment(0x100_0000, 0x1000, b"text", 0x3000)
@@ -145,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_kernel_larger_than_memory_is_refused() {
-        let memory = memory::map(48).unwrap();
+        let memory = memory::map(48, Sharing::Private).unwrap();
         let kernel = Builder::default().segment(0x100_0000, 0x1000, b"x", 64 << 20).file();
         assert!(matches!(load_kernel(&memory, &kernel), Err(LoadError::KernelMemory(_))));
         let low = Builder::default().segment(0x7000, 0x1000, b"x", 8).file();
@@ -157,7 +158,7 @@ mod tests {
 
     #[test]
     fn the_initramfs_lies_at_the_top_and_never_over_the_kernel() {
-        let memory = memory::map(48).unwrap();
+        let memory = memory::map(48, Sharing::Private).unwrap();
         let mut cpio = tempfile::tempfile().unwrap();
         cpio.write_all(&[b'c'; 5000]).unwrap();
         let placed = load_initramfs(&memory, &cpio, 0x200_0000).unwrap();

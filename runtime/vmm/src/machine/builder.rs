@@ -43,6 +43,7 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::blk::{self, Blk, BlkError};
 use crate::devices::virtio::console::Console;
+use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mmio::slot::Hidden;
 use crate::devices::virtio::mmio::window::{Window, Windows};
 use crate::devices::virtio::mmio::{MmioTransport, WINDOW_LEN};
@@ -50,7 +51,7 @@ use crate::devices::virtio::net::{Net, TapError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostSink, Vsock, VsockHandle};
 use crate::devices::{BusDevice, Line};
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, MemoryError, Sharing};
 
 /// The API version that every KVM has had since Linux 2.6.22.
 const KVM_API_VERSION: i32 = 12;
@@ -260,7 +261,9 @@ pub fn build(
     let vm = Arc::new(create_vm(&kvm)?);
     reporter.phase(Phase::Kvm);
 
-    let memory = memory::map(config.memory_mib)?;
+    // The file server works in guest memory.
+    let sharing = if config.fs.is_some() { Sharing::Shared } else { Sharing::Private };
+    let memory = memory::map(config.memory_mib, sharing)?;
     memory::register(&vm, &memory)?;
     let windows = Windows::new(layout::VIRTIO_MMIO_WINDOWS).map_err(MemoryError::Windows)?;
     register_windows(&kvm, &vm, &windows, &memory)?;
@@ -299,6 +302,10 @@ pub fn build(
     }
     for (position, nic) in config.nics.iter().enumerate() {
         devices.add(Box::new(open_nic(position, nic, boot)?))?;
+    }
+    if let Some(fs) = &config.fs {
+        let socket = take(boot, fs.socket, "the file server's socket")?;
+        devices.add(Box::new(Fs::new(&fs.tag, socket)))?;
     }
     // What comes once the guest runs shares the line of a device that is silent by then.
     let balloon = devices.add_late(Box::new(Balloon::new()), rng)?;
@@ -636,8 +643,8 @@ mod tests {
     #[test]
     fn the_most_devices_fit_on_the_command_line() {
         let most = husk_vmm_api::MAX_DISKS + husk_vmm_api::MAX_NICS;
-        // Console, vsock, rng and balloon come first.
-        let devices: String = (0..most as u32 + 4)
+        // Console, vsock, rng, balloon and fs come first.
+        let devices: String = (0..most as u32 + 5)
             .map(|device| announcement(layout::mmio_of(device), layout::irq_of(device)))
             .collect();
         let len = format!("{CMDLINE} {CMDLINE_SERIAL}{devices}").len();

@@ -1,8 +1,8 @@
 //! Checks of what the pod's process asks for.
 
 use husk_vmm_api::{
-    MAX_DISKS, MAX_MEMORY_MIB, MAX_MTU, MAX_NICS, MAX_QUEUE_PAIRS, MAX_SERIAL_LEN, MAX_VCPUS,
-    MIN_MEMORY_MIB, MIN_MTU, NicConfig, RateLimit, VmConfig,
+    MAX_DISKS, MAX_MEMORY_MIB, MAX_MTU, MAX_NICS, MAX_QUEUE_PAIRS, MAX_SERIAL_LEN, MAX_TAG_LEN,
+    MAX_VCPUS, MIN_MEMORY_MIB, MIN_MTU, NicConfig, RateLimit, VmConfig,
 };
 
 /// The configuration is not one that can be built; names the field and the value.
@@ -33,6 +33,12 @@ pub enum ConfigError {
     SerialTaken {
         /// The serial.
         serial: String,
+    },
+    /// The tag of the file-system device is empty, too long, or not printable ASCII without spaces.
+    #[error("fs.tag is {tag:?}, accepted are 1 to {MAX_TAG_LEN} printable ASCII characters")]
+    Tag {
+        /// The tag.
+        tag: String,
     },
     /// A NIC's address is zero, or one of a group.
     #[error("nics[{index}].mac is {mac:02x?}, accepted are addresses of single stations")]
@@ -65,6 +71,11 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
         // 0 to 2 are reserved, as is the last (virtio 1.2, 5.10.4).
         range("vsock.guest_cid", vsock.guest_cid, 3, u64::from(u32::MAX).saturating_sub(1))?;
     }
+    if let Some(fs) = &config.fs
+        && !is_name(&fs.tag, MAX_TAG_LEN)
+    {
+        return Err(ConfigError::Tag { tag: fs.tag.clone() });
+    }
     let mut seen = std::collections::HashSet::new();
     for disk in &config.disks {
         validate_serial(&disk.serial)?;
@@ -80,11 +91,15 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
 /// # Errors
 /// [`ConfigError::Serial`].
 pub fn validate_serial(serial: &str) -> Result<(), ConfigError> {
-    let fits = (1..=MAX_SERIAL_LEN).contains(&serial.len());
-    if !fits || !serial.bytes().all(|b| b.is_ascii_graphic()) {
+    if !is_name(serial, MAX_SERIAL_LEN) {
         return Err(ConfigError::Serial { serial: serial.to_owned() });
     }
     Ok(())
+}
+
+/// Whether it has 1 to `max` bytes of printable ASCII without spaces.
+fn is_name(name: &str, max: usize) -> bool {
+    (1..=max).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_graphic())
 }
 
 fn validate_nics(nics: &[NicConfig]) -> Result<(), ConfigError> {
@@ -130,7 +145,7 @@ fn count(count: usize) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use husk_vmm_api::{DiskConfig, FdIndex, TokenBucketConfig, VsockConfig};
+    use husk_vmm_api::{DiskConfig, FdIndex, FsConfig, TokenBucketConfig, VsockConfig};
 
     use super::*;
 
@@ -147,6 +162,7 @@ mod tests {
             disks: Vec::new(),
             nics: Vec::new(),
             vsock: Some(VsockConfig { guest_cid: 3 }),
+            fs: None,
         }
     }
 
@@ -186,6 +202,19 @@ mod tests {
         let many: Vec<String> = (0..=MAX_DISKS).map(|i| i.to_string()).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
         assert!(matches!(with(&many), Err(ConfigError::Range { .. })));
+    }
+
+    #[test]
+    fn tags_are_short_and_printable() {
+        let with = |tag: &str| {
+            let fs = FsConfig { tag: tag.to_owned(), socket: FdIndex(4) };
+            validate(&VmConfig { fs: Some(fs), ..config() })
+        };
+        let longest = "t".repeat(MAX_TAG_LEN);
+        assert_eq!((with("husk"), with(&longest)), (Ok(()), Ok(())));
+        for bad in ["", "a b", "ä", &(longest + "t")] {
+            assert_eq!(with(bad), Err(ConfigError::Tag { tag: bad.to_owned() }));
+        }
     }
 
     fn nic(last: u8) -> NicConfig {

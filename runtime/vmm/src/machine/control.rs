@@ -145,6 +145,7 @@ fn forward(
                 phases.insert(phase, at_ns);
                 tell(channel, &Event::Phase { phase, at_ns });
             }
+            VmEvent::FileServerLost { reason } => tell(channel, &Event::FileServerLost { reason }),
             VmEvent::Ended(ending) => end = Some(ending),
         }
     }

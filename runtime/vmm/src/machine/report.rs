@@ -37,6 +37,11 @@ pub enum VmEvent {
         /// `CLOCK_MONOTONIC`, ns.
         at_ns: u64,
     },
+    /// The process that serves the guest's files is lost; the VM runs on.
+    FileServerLost {
+        /// Why.
+        reason: String,
+    },
     /// The VM ended; the first one counts.
     Ended(Ending),
 }
@@ -57,6 +62,7 @@ struct Shared {
 struct State {
     sender: Sender<VmEvent>,
     phases: Vec<Phase>,
+    file_server_lost: bool,
     ended: Option<Ending>,
 }
 
@@ -74,7 +80,8 @@ pub struct Reports {
 pub fn channel() -> io::Result<(Reporter, Reports)> {
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let (sender, receiver) = mpsc::channel();
-    let state = Mutex::new(State { sender, phases: Vec::new(), ended: None });
+    let state =
+        Mutex::new(State { sender, phases: Vec::new(), file_server_lost: false, ended: None });
     let shared = Arc::new(Shared { state, wake });
     Ok((Reporter { shared: shared.clone() }, Reports { receiver, shared }))
 }
@@ -87,6 +94,15 @@ impl Reporter {
         if !state.phases.contains(&phase) {
             state.phases.push(phase);
             self.send(&state, VmEvent::Phase { phase, at_ns });
+        }
+    }
+
+    /// Reports that the file server is lost. Later losses are ignored: there is one server.
+    pub fn file_server_lost(&self, reason: String) {
+        let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if !state.file_server_lost {
+            state.file_server_lost = true;
+            self.send(&state, VmEvent::FileServerLost { reason });
         }
     }
 
@@ -122,7 +138,7 @@ impl Reporter {
             tracing::debug!("the control loop has ended; nobody hears this report");
         }
         if let Err(error) = rustix::io::write(&self.shared.wake, &1_u64.to_ne_bytes()) {
-            // At most 10 reports are ever made, so the counter cannot be full.
+            // At most 11 reports are ever made, so the counter cannot be full.
             tracing::error!(%error, "cannot wake the control loop");
         }
     }

@@ -1,15 +1,20 @@
-//! Guest memory: anonymous, private, reserved nowhere until touched.
+//! Guest memory: anonymous, reserved nowhere until touched. Private, except for a VM of which another
+//! process serves a device: that one gets it as a file.
 
 pub mod release;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::io::Errno;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 
 use crate::GuestMemory;
@@ -29,6 +34,15 @@ pub enum MemoryError {
         /// Why not.
         #[source]
         source: MmapRegionError,
+    },
+    /// The host has no file for memory that is shared.
+    #[error("cannot make a file of {len} bytes for guest memory")]
+    File {
+        /// Length in bytes.
+        len: u64,
+        /// Why not.
+        #[source]
+        source: Errno,
     },
     /// The host refused the mapping of the devices' windows.
     #[error("cannot map the windows of the devices")]
@@ -81,23 +95,61 @@ fn ranges(mib: u32) -> Vec<(GuestAddress, u64)> {
     ranges
 }
 
+/// Who sees guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// This process and KVM.
+    Private,
+    /// Also processes that get its file, [`GuestMemoryRegion::file_offset`].
+    Shared,
+}
+
 /// Maps guest memory. Nothing of it is resident yet.
 ///
 /// # Errors
-/// The host has no address space for it.
-pub fn map(mib: u32) -> Result<GuestMemory, MemoryError> {
+/// The host has no address space for it, or no file.
+pub fn map(mib: u32, sharing: Sharing) -> Result<GuestMemory, MemoryError> {
+    let file = match sharing {
+        Sharing::Private => None,
+        Sharing::Shared => Some(Arc::new(memory_file(u64::from(mib) << 20)?)),
+    };
     let mut regions = Vec::new();
+    let mut offset = 0_u64;
     for (start, len) in ranges(mib) {
         let size = usize::try_from(len).map_err(|_| MemoryError::Layout { mib })?;
-        let mapping: MmapRegion<()> = MmapRegionBuilder::new(size)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-            .build()
-            .map_err(|source| MemoryError::Map { len, source })?;
+        let builder =
+            MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        let builder = match &file {
+            None => builder
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+            Some(file) => builder
+                .with_file_offset(FileOffset::from_arc(file.clone(), offset))
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE),
+        };
+        let mapping: MmapRegion<()> =
+            builder.build().map_err(|source| MemoryError::Map { len, source })?;
         ask_for_huge_pages(&mapping);
         regions.push(GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Layout { mib })?);
+        offset = offset.saturating_add(len);
     }
     GuestMemory::from_regions(regions).map_err(|_| MemoryError::Layout { mib })
+}
+
+/// A file without a name that holds guest memory. Sealed: whoever gets it cannot cut it off under
+/// this process, which would be a SIGBUS here.
+fn memory_file(len: u64) -> Result<File, MemoryError> {
+    let failed = |source| MemoryError::File { len, source };
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL;
+    let file = match memfd_create("guest-memory", flags) {
+        // Before Linux 6.3 there is no such flag.
+        Err(Errno::INVAL) => memfd_create("guest-memory", flags - MemfdFlags::NOEXEC_SEAL),
+        made => made,
+    };
+    let file = file.map_err(failed)?;
+    ftruncate(&file, len).map_err(failed)?;
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    fcntl_add_seals(&file, seals).map_err(failed)?;
+    Ok(file.into())
 }
 
 /// Asks for huge pages: each saves the guest 511 faults on its way up, each of which leaves the
@@ -163,6 +215,7 @@ pub fn place_file(
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::unix::fs::FileExt;
 
     use super::*;
 
@@ -190,8 +243,29 @@ mod tests {
     }
 
     #[test]
+    fn shared_memory_is_one_file_that_cannot_be_cut_off() {
+        let memory = map(4096, Sharing::Shared).unwrap();
+        let files: Vec<_> = memory.iter().map(|region| region.file_offset().unwrap()).collect();
+        assert_eq!(files.iter().map(|file| file.start()).collect::<Vec<_>>(), [0, 3072 << 20]);
+        // What one side writes the other sees, in both ranges.
+        let above = 1 << 32;
+        for address in [0x1000, above] {
+            memory.write_slice(b"seen", GuestAddress(address)).unwrap();
+        }
+        let mut seen = [0; 4];
+        for offset in [0x1000, 3072 << 20] {
+            files[0].file().read_exact_at(&mut seen, offset).unwrap();
+            assert_eq!(&seen, b"seen");
+        }
+        assert!(files[0].file().set_len(0).is_err());
+        assert!(files[0].file().set_len(1 << 40).is_err());
+        let private = map(48, Sharing::Private).unwrap();
+        assert!(private.iter().all(|region| region.file_offset().is_none()));
+    }
+
+    #[test]
     fn a_part_of_a_file_is_placed_and_nothing_beside_it() {
-        let memory = map(48).unwrap();
+        let memory = map(48, Sharing::Private).unwrap();
         memory.write_slice(&[0xff; 0x4000], GuestAddress(0x10_0000)).unwrap();
         let bytes: Vec<u8> = (0..9000_u32).map(|i| (i * 7) as u8).collect();
         place_file(&memory, &file(&bytes), 100, GuestAddress(0x10_0010), 8000).unwrap();
@@ -202,7 +276,7 @@ mod tests {
 
     #[test]
     fn a_file_that_ends_too_early_is_refused() {
-        let memory = map(48).unwrap();
+        let memory = map(48, Sharing::Private).unwrap();
         assert!(matches!(
             place_file(&memory, &file(&[1; 4096]), 4000, GuestAddress(0x10_0000), 4096),
             Err(MemoryError::Place { len: 4096, .. })
@@ -211,7 +285,7 @@ mod tests {
 
     #[test]
     fn a_range_outside_of_memory_is_refused() {
-        let memory = map(48).unwrap();
+        let memory = map(48, Sharing::Private).unwrap();
         let file = file(&[0; 8192]);
         for (address, len) in [(48 << 20, 4096), ((48 << 20) - 4096, 8192), (u64::MAX - 4095, 4096)]
         {

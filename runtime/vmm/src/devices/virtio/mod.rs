@@ -15,6 +15,7 @@ pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod console;
+pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod rng;
