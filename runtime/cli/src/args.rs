@@ -126,6 +126,9 @@ pub(crate) struct Global {
     /// The virtual machine monitor [default: husk-vmm beside husk]
     #[arg(long, global = true, env = "HUSK_VMM", value_name = "FILE", help_heading = "Places")]
     pub(crate) vmm: Option<PathBuf>,
+    /// The server of files that pods share with the host [default: husk-fs beside husk]
+    #[arg(long, global = true, env = "HUSK_FS", value_name = "FILE", help_heading = "Places")]
+    pub(crate) file_server: Option<PathBuf>,
     /// KVM's device; another one is of use to tests only
     #[arg(long, global = true, env = "HUSK_KVM", value_name = "FILE", hide = true,
         default_value = husk_engine::vm::kvm::DEVICE)]
@@ -151,14 +154,23 @@ impl Global {
             initramfs: given(&self.initramfs, shared_file(bin, names::INITRAMFS)),
             kvm: self.kvm.clone(),
             vmm: given(&self.vmm, bin.join(names::VMM)),
+            file_server: given(&self.file_server, bin.join(names::FILE_SERVER)),
             scratch_bytes: DEFAULT_SCRATCH_BYTES,
         })
     }
 
     /// The same options for another husk, which may be in another directory.
     pub(crate) fn repeated(&self) -> anyhow::Result<Vec<OsString>> {
-        let Config { state_dir, run_dir, kernel, initramfs, kvm, vmm, scratch_bytes: _ } =
-            self.config()?;
+        let Config {
+            state_dir,
+            run_dir,
+            kernel,
+            initramfs,
+            kvm,
+            vmm,
+            file_server,
+            scratch_bytes: _,
+        } = self.config()?;
         let places = [
             ("--state-dir", state_dir),
             ("--run-dir", run_dir),
@@ -166,6 +178,7 @@ impl Global {
             ("--initramfs", initramfs),
             ("--kvm", kvm),
             ("--vmm", vmm),
+            ("--file-server", file_server),
         ];
         let mut options = Vec::new();
         for (option, place) in places {

@@ -80,7 +80,15 @@ fn check(config: &Config) -> Vec<Finding> {
     let mut findings = vec![host_kernel()];
     let (device, opened) = kvm_device(config);
     findings.push(device);
-    findings.push(vmm(config));
+    findings.push(program("VMM", Level::Fail, &config.vmm, "husk-vmm", "--vmm or HUSK_VMM"));
+    // Only pods that share files with the host need it.
+    findings.push(program(
+        "file server",
+        Level::Warn,
+        &config.file_server,
+        "husk-fs",
+        "--file-server or HUSK_FS",
+    ));
     findings.push(kvm_runs(config, opened.as_ref()));
     findings.push(match assets::open_kernel(&config.kernel) {
         Ok(_) => finding("guest kernel", Level::Ok, config.kernel.display().to_string()),
@@ -135,17 +143,24 @@ fn kvm_device(config: &Config) -> (Finding, Option<OwnedFd>) {
     }
 }
 
-fn vmm(config: &Config) -> Finding {
-    const NAME: &str = "VMM";
-    let path = config.vmm.display();
-    match rustix::fs::access(&config.vmm, rustix::fs::Access::EXEC_OK) {
-        Ok(()) => finding(NAME, Level::Ok, path.to_string()),
+/// Whether one of husk's own programs is there, and how bad it is if it is not; `option` is by what
+/// another one is named.
+fn program(
+    name: &'static str,
+    missing: Level,
+    path: &Path,
+    program: &str,
+    option: &str,
+) -> Finding {
+    let shown = path.display();
+    match rustix::fs::access(path, rustix::fs::Access::EXEC_OK) {
+        Ok(()) => finding(name, Level::Ok, shown.to_string()),
         Err(errno) => finding(
-            NAME,
-            Level::Fail,
+            name,
+            missing,
             format!(
-                "cannot execute {path} ({errno}): install husk-vmm beside husk, or name it with \
-                     --vmm or HUSK_VMM"
+                "cannot execute {shown} ({errno}): install {program} beside husk, or name it with \
+                 {option}"
             ),
         ),
     }

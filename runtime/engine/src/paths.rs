@@ -18,6 +18,8 @@ pub struct Config {
     pub kvm: PathBuf,
     /// The VMM's executable, `husk-vmm`.
     pub vmm: PathBuf,
+    /// The file server's executable, `husk-fs`, for pods that share files with the host.
+    pub file_server: PathBuf,
     /// Size of each pod's scratch disk in bytes; it is sparse.
     pub scratch_bytes: u64,
 }
@@ -58,6 +60,8 @@ impl Config {
 pub mod names {
     /// The VMM.
     pub const VMM: &str = "husk-vmm";
+    /// The file server.
+    pub const FILE_SERVER: &str = "husk-fs";
     /// The guest kernel.
     pub const KERNEL: &str = "vmlinux";
     /// The guest's initial RAM file system.

@@ -19,11 +19,16 @@
 //!     │ ◀────────────────── Event::VsockConnected   │
 //!     │ ◀────────────────────────── Event::Exited   │  the last message; then end of file
 //! ```
+//!
+//! `husk-fs`, which serves a VM's file-system device, gets what it works on in the same way: one
+//! [`ServeFiles`], and no answer.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod channel;
+mod files;
 mod messages;
 
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE_LEN, Received};
+pub use files::{MAX_SHARES, ServeFiles, SharedPath};
 pub use messages::*;

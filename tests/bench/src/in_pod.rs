@@ -15,7 +15,7 @@ use husk_engine::guest::{Guest, ProcessEnd, Streams, Wanted};
 use husk_engine::manifest;
 use husk_engine::paths::Config;
 use husk_engine::storage::{self, Layer, Layout};
-use husk_engine::vm::{Vm, VmSpec};
+use husk_engine::vm::{FileServer, Vm, VmSpec};
 use husk_image::Store;
 use husk_proto::agent as proto;
 use serde_json::{Value, json};
@@ -349,6 +349,7 @@ impl RunningPod {
             initramfs: setup.initramfs.clone(),
             kvm: husk_engine::vm::kvm::DEVICE.into(),
             vmm: husk_cases::place::program("husk-vmm"),
+            file_server: husk_cases::place::program("husk-fs"),
             scratch_bytes: storage::DEFAULT_SCRATCH_BYTES,
             state_dir: state,
         };
@@ -365,7 +366,13 @@ impl RunningPod {
             console: tempfile::tempfile()?.into(),
             disks: layout.open(&paths)?,
             nics: Vec::new(),
-        });
+            shares: Vec::new(),
+            file_server: FileServer {
+                program: paths.file_server.clone(),
+                dir: paths.run_dir.clone(),
+            },
+        })
+        .await?;
         let guest = Guest::connect(vm, agent, PATIENCE).await?;
         let request = proto::SetupPodRequest {
             hostname: "bench".into(),

@@ -28,7 +28,8 @@ pub struct PodEvent {
     /// The container that it concerns, if it does not concern the whole pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<String>,
-    /// `Created`, `Running`, `Succeeded`, `Failed`, `Removed`; of a container `Started`, `Exited`,
+    /// `Created`, `Running`, `Succeeded`, `Failed`, `Removed`; `FileServerLost`, of a pod that lives on
+    /// without its shares; of a container `Started`, `Exited`,
     /// `OOMKilled`, `BackOff`.
     pub event: String,
     /// Details as a text; may be empty.
@@ -116,6 +117,10 @@ pub fn between(pod: &PodRecord, old: &StatusRecord, new: &StatusRecord) -> Vec<P
             events.push(happened("BackOff", message, None));
         }
     }
+    // Warnings are only ever added.
+    for warning in new.warnings.iter().skip(old.warnings.len()) {
+        events.push(of_pod(pod, &warning.reason, &warning.message));
+    }
     if old.phase != new.phase {
         let message = match (new.reason.is_empty(), new.message.is_empty()) {
             (true, _) => String::new(),
@@ -159,6 +164,7 @@ fn last_end(container: &ContainerRecord) -> Option<&TerminatedRecord> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::super::record::tests::record;
+    use super::super::status::WarningRecord;
     use super::*;
 
     fn status(phase: &str, state: StateRecord, restarts: u32) -> StatusRecord {
@@ -179,6 +185,18 @@ mod tests {
 
     fn names(events: &[PodEvent]) -> Vec<&str> {
         events.iter().map(|event| event.event.as_str()).collect()
+    }
+
+    #[test]
+    fn a_warning_is_told_once() {
+        let pod = record("p", "u", true);
+        let running = status("Running", StateRecord::Running { started_at: "t".into() }, 0);
+        let lost = WarningRecord { reason: "FileServerLost".into(), message: "killed".into() };
+        let warned = StatusRecord { warnings: vec![lost], ..running.clone() };
+        let events = between(&pod, &running, &warned);
+        assert_eq!(names(&events), ["FileServerLost"]);
+        assert_eq!(events.iter().map(|event| &*event.message).collect::<Vec<_>>(), ["killed"]);
+        assert!(between(&pod, &warned, &warned).is_empty());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cri_log::timestamp;
 use crate::guest::GuestInfo;
-use crate::pod::{ContainerState, ContainerStatus, PodConditions, PodStatus, Terminated};
+use crate::pod::{ContainerState, ContainerStatus, PodConditions, PodStatus, Terminated, Warning};
 use crate::types::ContainerKind;
 
 /// A pod's status.
@@ -28,6 +28,9 @@ pub struct StatusRecord {
     /// The addresses by which it is reached, its own one first.
     #[serde(default, rename = "podIPs", skip_serializing_if = "Vec::is_empty")]
     pub pod_ips: Vec<IpAddr>,
+    /// What went wrong without an end of the pod, in its order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<WarningRecord>,
     /// Init containers and containers, in the order of their start.
     #[serde(default)]
     pub containers: Vec<ContainerRecord>,
@@ -40,6 +43,17 @@ pub struct StatusRecord {
     /// What the guest told of itself, once the pod has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_kernel: Option<String>,
+}
+
+/// Something that went wrong with a pod that lived on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WarningRecord {
+    /// In one word.
+    pub reason: String,
+    /// As a text.
+    #[serde(default)]
+    pub message: String,
 }
 
 /// A container's status.
@@ -135,6 +149,12 @@ pub struct TerminatedRecord {
     pub finished_at: String,
 }
 
+impl WarningRecord {
+    fn of(Warning { reason, message }: &Warning) -> Self {
+        WarningRecord { reason: (*reason).to_owned(), message: message.clone() }
+    }
+}
+
 impl StatusRecord {
     /// Of a pod now.
     #[must_use]
@@ -146,6 +166,7 @@ impl StatusRecord {
             reason: status.reason.clone(),
             message: status.message.clone(),
             pod_ips: status.pod_ips.clone(),
+            warnings: status.warnings.iter().map(WarningRecord::of).collect(),
             containers: status.containers.iter().map(ContainerRecord::of).collect(),
             at: timestamp(SystemTime::now()),
             guest_kernel: None,

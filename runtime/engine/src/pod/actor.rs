@@ -86,6 +86,10 @@ pub(super) trait Runtime: Clone + Send + Sync + 'static {
     /// Shuts the guest down, by force if need be. Returns in bounded time; the VM is gone then.
     fn power_off(&self) -> impl Future<Output = ()> + Send;
 
+    /// Waits until the pod's shares are not served any more, although the VM runs; returns the
+    /// server's last words.
+    fn file_server_lost(&self) -> impl Future<Output = String> + Send;
+
     /// Waits for the end of the VM.
     fn vm_ended(&self) -> impl Future<Output = Arc<VmExit>> + Send;
 }
@@ -160,7 +164,9 @@ impl<R: Runtime> Actor<R> {
         let mut grace_over: Option<Instant> = None;
         let runtime = self.runtime.clone();
         let vm_ended = runtime.vm_ended();
-        tokio::pin!(vm_ended);
+        let files_lost = runtime.file_server_lost();
+        tokio::pin!(vm_ended, files_lost);
+        let mut are_served = true;
         tokio::pin!(overdue);
         let mut in_time = true;
         let mut handle_lives = true;
@@ -203,6 +209,10 @@ impl<R: Runtime> Actor<R> {
                     } else {
                         vm_lost(exit.to_string())
                     }
+                }
+                words = &mut files_lost, if are_served => {
+                    are_served = false;
+                    Event::FileServerLost(words)
                 }
                 command = commands.recv(), if handle_lives => match command {
                     Some(Command::Stop(grace)) => Event::StopRequested(grace.unwrap_or(self.grace)),

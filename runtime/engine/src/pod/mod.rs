@@ -46,6 +46,7 @@ use self::runtime::GuestRuntime;
 use self::state::{Event, Machine};
 pub use self::status::{
     ContainerState, ContainerStatus, EndReason, PodConditions, PodPhase, PodStatus, Terminated,
+    Warning,
 };
 use self::timeline::Timeline;
 pub use self::timeline::{Step, monotonic_ns};

@@ -36,7 +36,7 @@ use crate::storage::{self, Layer, Layout, StorageError};
 use crate::types::{PodSpec, Rootfs};
 use crate::vm::assets::{self, AssetError};
 use crate::vm::kvm::{self, KvmError};
-use crate::vm::{Disk, Nic, Vm, VmError, VmSpec};
+use crate::vm::{Disk, FileServer, Nic, Vm, VmError, VmSpec};
 
 /// Seconds more that a guest may take for each GiB of its memory.
 const START_TIMEOUT_PER_GIB: Duration = Duration::from_secs(1);
@@ -172,6 +172,8 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         tokio::task::spawn_blocking(move || open_host_files(&config, &uid, console)).await??
     };
     let HostFiles { kvm, kernel, initramfs, console, run_dir } = files;
+    let file_server =
+        FileServer { program: config.file_server.clone(), dir: run_dir.path().to_owned() };
     undo.push("pod directory", move || async move { drop(run_dir) });
     network::sweep_in_background(&config.state_dir);
 
@@ -221,7 +223,10 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         console,
         disks,
         nics: nics.into_iter().map(nic).collect::<Result<_, _>>()?,
-    });
+        shares: Vec::new(),
+        file_server,
+    })
+    .await?;
     let limit = start_limit(options.start_timeout, spec.vm.memory_mib);
     let guest = timeline.during("boot", Guest::connect(vm, agent, limit)).await?;
     let request = setup_request(spec, &layout, &addresses).await?;

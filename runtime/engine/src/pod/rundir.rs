@@ -77,6 +77,11 @@ impl RunDir {
         Ok(RunDir { path, _lock: lock })
     }
 
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Makes a new file in it.
     pub(super) fn create_file(&self, name: &str) -> Result<File, RunDirError> {
         let path = self.path.join(name);

@@ -368,6 +368,10 @@ impl Runtime for GuestRuntime {
         }
     }
 
+    async fn file_server_lost(&self) -> String {
+        self.0.guest.vm().file_server_lost().await.to_string()
+    }
+
     async fn vm_ended(&self) -> Arc<VmExit> {
         self.0.guest.vm().exited().await
     }

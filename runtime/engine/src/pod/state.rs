@@ -35,7 +35,7 @@ pub(super) use self::container::RunId;
 use self::container::{Activity, Container, Ending, Up, not_started};
 pub(super) use self::probes::ProbeKind;
 use self::probes::{RunProbes, Verdict};
-use super::status::{Moment, PodPhase, PodStatus, Terminated};
+use super::status::{Moment, PodPhase, PodStatus, Terminated, Warning};
 use crate::guest::{ProcessExit, StartFailure};
 use crate::types::{ContainerKind, PodSpec, RestartPolicy};
 
@@ -74,6 +74,8 @@ pub(super) enum Event {
     GraceElapsed,
     /// The pod has taken longer than it may.
     DeadlineExceeded,
+    /// The process that serves the pod's shares is gone; its last words.
+    FileServerLost(String),
     /// The VM is gone unexpectedly, or cannot be reached.
     VmLost(Failure),
     /// The VM is gone after it was powered off.
@@ -148,8 +150,9 @@ pub(super) struct Machine {
     containers: Vec<Container>,
     /// Whether the pod fails whatever its containers come to: its deadline is over.
     overdue: bool,
-    /// Only told: it decides nothing.
+    /// Only told, as the warnings are: it decides nothing.
     addresses: Vec<IpAddr>,
+    warnings: Vec<Warning>,
 }
 
 impl Machine {
@@ -161,6 +164,7 @@ impl Machine {
             containers: spec.all_containers().map(Container::new).collect(),
             overdue: false,
             addresses: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 
@@ -213,6 +217,11 @@ impl Machine {
             Event::StopRequested(grace) => self.stop_requested(grace, now),
             Event::GraceElapsed => self.grace_elapsed(now),
             Event::DeadlineExceeded => self.deadline_exceeded(now),
+            // There is one: it is told once. What it comes to, the containers see.
+            Event::FileServerLost(message) => {
+                self.warnings.push(Warning { reason: "FileServerLost", message });
+                Vec::new()
+            }
             // Everything had ended before: how the VM goes does not change what they came to.
             Event::VmEnded | Event::VmLost(_) if self.stage == Stage::PoweringOff => {
                 if self.overdue {
@@ -441,6 +450,7 @@ impl Machine {
             reason: reason.to_owned(),
             message: message.to_owned(),
             pod_ips: self.addresses.clone(),
+            warnings: self.warnings.clone(),
             containers: self.containers.iter().map(Container::status).collect(),
         }
     }

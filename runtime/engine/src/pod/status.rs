@@ -50,8 +50,19 @@ pub struct PodStatus {
     /// The addresses by which it is reached, its own one first; none if it has no network, or not
     /// yet.
     pub pod_ips: Vec<IpAddr>,
+    /// What went wrong without an end of the pod, in its order.
+    pub warnings: Vec<Warning>,
     /// Init containers and containers, in the order of their start.
     pub containers: Vec<ContainerStatus>,
+}
+
+/// Something that went wrong with a pod that lives on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Warning {
+    /// What, in one word: `FileServerLost`.
+    pub reason: &'static str,
+    /// The same as a text.
+    pub message: String,
 }
 
 /// What is known of a container.

@@ -202,6 +202,7 @@ mod tests {
             initramfs: PathBuf::new(),
             kvm: PathBuf::new(),
             vmm: PathBuf::new(),
+            file_server: PathBuf::new(),
             scratch_bytes: 0,
         }
     }

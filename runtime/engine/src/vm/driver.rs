@@ -13,7 +13,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 
-use super::process::VmmProcess;
+use super::process::PodProcess;
 use super::{Command, EXIT_GRACE, Shared, VmError, VmExit, borrow, lock};
 
 /// [`Channel`] in the form that tokio watches.
@@ -71,7 +71,7 @@ impl Control {
 #[derive(Debug)]
 pub(super) struct Driver {
     control: Control,
-    process: VmmProcess,
+    process: PodProcess,
     shared: Arc<Shared>,
     exit: watch::Sender<Option<Arc<VmExit>>>,
 }
@@ -91,7 +91,7 @@ enum End {
 impl Driver {
     pub(super) fn new(
         control: Channel,
-        process: VmmProcess,
+        process: PodProcess,
         shared: Arc<Shared>,
         exit: watch::Sender<Option<Arc<VmExit>>>,
     ) -> Result<Self, VmError> {
@@ -237,6 +237,7 @@ fn handle(shared: &Shared, mut received: Received<Event>) -> Option<Exit> {
         Event::DiskAdded { id, device } => lock(&shared.disks).answered(id, Ok(Some(device))),
         Event::DiskRemoved { id } => lock(&shared.disks).answered(id, Ok(None)),
         Event::DiskRefused { id, reason } => lock(&shared.disks).answered(id, Err(reason)),
+        Event::FileServerLost { reason } => shared.files.lost(reason),
         Event::VsockConnected { id } => tracing::debug!(id, "an answer to nothing"),
         Event::VsockRefused { id, reason } => tracing::debug!(id, reason, "an answer to nothing"),
         Event::Exited(exit) => return Some(exit),

@@ -3,11 +3,13 @@
 //!
 //! [`Vm`] is the handle. Behind it are a thread that is the parent of the VMM's process
 //! ([`process`]) and a task that turns the VMM's events into what the handle offers ([`driver`]).
-//! However the VM ends, also by a SIGKILL of its process, [`Vm::exited`] says so and why.
+//! However the VM ends, also by a SIGKILL of its process, [`Vm::exited`] says so and why. A VM that
+//! shares files of the host has a second process, which serves them ([`files`]).
 
 pub mod assets;
 mod disks;
 mod driver;
+mod files;
 pub mod kvm;
 mod process;
 
@@ -19,18 +21,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use husk_vmm_api::{
-    Channel, ChannelError, Counters, DiskConfig, Exit, FdIndex, NicConfig, Phase, VmConfig,
-    VsockConfig,
+    Channel, ChannelError, Counters, DiskConfig, Exit, FdIndex, FsConfig, MAX_SHARES, NicConfig,
+    Phase, VmConfig, VsockConfig,
 };
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub use files::{FileServer, Share};
 pub use husk_vmm_api::{MAX_MTU, MAX_NICS, MAX_QUEUE_PAIRS, RateLimit, TokenBucketConfig};
 pub use process::{Probe, probe_kvm};
 
 /// How long a VMM that was asked to stop, or that closed its control socket, may take to exit
 /// before it is killed.
 const EXIT_GRACE: Duration = Duration::from_secs(5);
+
+/// By what the guest mounts the file system of the shares.
+pub const FS_TAG: &str = "husk";
 
 /// The guest's context ID. vsock lives in the VMM, so it has no meaning outside of one VM.
 const GUEST_CID: u64 = 3;
@@ -69,6 +75,39 @@ pub enum VmError {
         status: ExitStatus,
         /// What it said.
         text: String,
+    },
+    /// The file server's executable is not there.
+    #[error(
+        "the file server {path} does not exist; install husk-fs beside husk, or name it with \
+         --file-server or HUSK_FS"
+    )]
+    NoFileServer {
+        /// Where it was expected.
+        path: PathBuf,
+    },
+    /// The file server's process could not be started.
+    #[error("cannot start the file server {path}")]
+    SpawnFileServer {
+        /// The executable.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file server and the VMM could not be connected.
+    #[error("cannot make the file server's socket in {dir}")]
+    FileServerSocket {
+        /// Where.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// There are more shares than a VM can have.
+    #[error("{shares} shares; a VM can have {MAX_SHARES}")]
+    TooManyShares {
+        /// How many.
+        shares: usize,
     },
     /// The VM has ended.
     #[error("the VM has ended: {0}")]
@@ -136,15 +175,21 @@ pub struct VmSpec {
     pub disks: Vec<Disk>,
     /// Its NICs, in the order in which the guest finds them.
     pub nics: Vec<Nic>,
+    /// What it shares with the host. Share number N is the entry `N` of the root directory of the
+    /// file system [`FS_TAG`] (virtio-fs), which the VM has only if there are shares.
+    pub shares: Vec<Share>,
+    /// Who serves them.
+    pub file_server: FileServer,
 }
 
 impl VmSpec {
-    /// The message that describes it, and the descriptors to which that refers.
-    fn into_boot(self) -> (Box<VmConfig>, Vec<OwnedFd>) {
+    /// The message that describes it, and the descriptors to which that refers. `files` is connected
+    /// to the file server.
+    fn into_boot(self, files: Option<OwnedFd>) -> (Box<VmConfig>, Vec<OwnedFd>) {
         let mut fds = Vec::new();
         let mut refer = |fd: OwnedFd| {
             fds.push(fd);
-            // At most MAX_DISKS, MAX_NICS * MAX_QUEUE_PAIRS and 4 of them.
+            // At most MAX_DISKS, MAX_NICS * MAX_QUEUE_PAIRS and 5 of them.
             FdIndex(u32::try_from(fds.len() - 1).unwrap_or(u32::MAX))
         };
         let config = VmConfig {
@@ -177,6 +222,7 @@ impl VmSpec {
                 })
                 .collect(),
             vsock: Some(VsockConfig { guest_cid: GUEST_CID }),
+            fs: files.map(|socket| FsConfig { tag: FS_TAG.to_owned(), socket: refer(socket) }),
         };
         (Box::new(config), fds)
     }
@@ -228,6 +274,8 @@ struct Shared {
     disks: Mutex<disks::Waiting>,
     /// When which phase was reached, in ns of `CLOCK_MONOTONIC`; each phase once.
     phases: Mutex<Vec<(Phase, u64)>>,
+    /// What becomes of the file server.
+    files: files::Fate,
 }
 
 /// A lock whose holder panicked is still good here: every critical section is one operation of a
@@ -235,6 +283,9 @@ struct Shared {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Tells how the VM ended.
+type VmExited = watch::Receiver<Option<Arc<VmExit>>>;
 
 /// A request to the VMM and the descriptors that go with it.
 type Command = (husk_vmm_api::Request, Vec<OwnedFd>);
@@ -244,7 +295,7 @@ type Command = (husk_vmm_api::Request, Vec<OwnedFd>);
 pub struct Vm {
     shared: Arc<Shared>,
     commands: mpsc::UnboundedSender<Command>,
-    exit: watch::Receiver<Option<Arc<VmExit>>>,
+    exit: VmExited,
     pid: u32,
 }
 
@@ -258,12 +309,16 @@ impl Vm {
     /// [`VmError::NoVmm`], [`VmError::Spawn`], [`VmError::Control`], [`VmError::Watch`].
     pub async fn spawn(program: &Path) -> Result<Vm, VmError> {
         let (ours, theirs) = Channel::pair()?;
-        let process = process::spawn(program, theirs.into_fd()).await?;
+        let spawned = process::spawn("vmm", program, theirs.into_fd()).await;
+        let process = spawned.map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => VmError::NoVmm { path: program.to_owned() },
+            _ => VmError::Spawn { path: program.to_owned(), source },
+        })?;
         Vm::drive(ours, process)
     }
 
     /// Takes over a VMM of which this is the control socket.
-    fn drive(control: Channel, process: process::VmmProcess) -> Result<Vm, VmError> {
+    fn drive(control: Channel, process: process::PodProcess) -> Result<Vm, VmError> {
         let shared = Arc::new(Shared::default());
         let (commands, queue) = mpsc::unbounded_channel();
         let (exit, exited) = watch::channel(None);
@@ -279,11 +334,27 @@ impl Vm {
         self.pid
     }
 
-    /// Has the VMM build the VM and run it. Does not wait for it: what comes of it is told by
-    /// [`Vm::accept`] and [`Vm::exited`].
-    pub fn boot(&self, spec: VmSpec) {
-        let (config, fds) = spec.into_boot();
+    /// Has the VMM build the VM and run it, and starts the file server if there are shares. Does not
+    /// wait for any of it: what comes of it is told by [`Vm::accept`], [`Vm::exited`] and
+    /// [`Vm::file_server_lost`].
+    ///
+    /// # Errors
+    /// The file server cannot be started.
+    pub async fn boot(&self, mut spec: VmSpec) -> Result<(), VmError> {
+        let shares = std::mem::take(&mut spec.shares);
+        let files = match shares.is_empty() {
+            true => None,
+            false => Some(files::start(self, &spec.file_server, shares).await?),
+        };
+        let (config, fds) = spec.into_boot(files);
         self.send(husk_vmm_api::Request::Boot(config), fds);
+        Ok(())
+    }
+
+    /// Waits until the file server is of no use any more while the VM runs; says why. The guest gets
+    /// errors for what it asks of the shares. For ever if there are no shares.
+    pub async fn file_server_lost(&self) -> Arc<str> {
+        self.shared.files.wait_lost().await
     }
 
     /// A command to a driver that is gone is one to a VM that is gone: `exited` has said so.
@@ -337,12 +408,14 @@ impl Vm {
         ended.unwrap_or_else(|| Arc::new(VmExit::Died { status: None, stderr_tail: String::new() }))
     }
 
-    /// Waits until nothing of the VM is left: its process is reaped, and with it its memory and its
-    /// locks on layers. That is some time after [`Vm::exited`].
+    /// Waits until nothing of the VM is left: its processes are reaped, and with them its memory, its
+    /// locks on layers, and its hold on what it shares. That is some time after [`Vm::exited`].
     pub async fn gone(&self) {
         // The driver drops its end only when the process is reaped. (If the end was dropped
         // already, that is what was to be waited for.)
         drop(self.exit.clone().wait_for(|_| false).await);
+        // What is shared is in use until its server is gone.
+        self.shared.files.wait_gone().await;
     }
 
     /// Ends the VM now, without telling the guest: asks the VMM, and kills its process if it does

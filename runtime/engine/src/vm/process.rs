@@ -1,4 +1,4 @@
-//! The VMM's process: how it is started, watched and ended.
+//! A process of a pod (its VMM, its file server): how it is started, watched and ended.
 #![allow(unsafe_code)] // what must happen between fork and exec: see `prepare_child`
 
 use std::collections::VecDeque;
@@ -14,56 +14,63 @@ use tokio::sync::oneshot;
 
 use super::{VmError, lock};
 
-/// The descriptor at which the VMM finds its control socket (or what else it is given).
+/// The descriptor at which the process finds its control socket (or what else it is given).
 const GIVEN_FD: RawFd = 3;
 
-/// How much of the VMM's standard error is kept, in bytes: its end.
+/// How much of its standard error is kept, in bytes: its end.
 const STDERR_TAIL: usize = 16 * 1024;
 
-/// Stack of the thread that is the VMM's parent. It reads and waits, no more.
+/// Stack of the thread that is the process's parent. It reads and waits, no more.
 const THREAD_STACK: usize = 256 * 1024;
 
-/// The variables of the environment that the VMM gets.
+/// The variables of the environment that the process gets.
 const KEPT_ENV: [&str; 1] = ["HUSK_LOG"];
 
-/// The VMM's process. Killed when this is dropped.
+/// Such a process. Killed when this is dropped.
 #[derive(Debug)]
-pub(super) struct VmmProcess {
+pub(super) struct PodProcess {
+    name: &'static str,
     pid: u32,
     pidfd: OwnedFd,
     ended: oneshot::Receiver<ExitStatus>,
+    /// What `ended` has told.
+    status: Option<Option<ExitStatus>>,
     stderr: Arc<Mutex<Tail>>,
 }
 
-/// Starts the VMM with `control` as its descriptor 3 and no other but the standard three.
-pub(super) async fn spawn(program: &Path, control: OwnedFd) -> Result<VmmProcess, VmError> {
-    let failed = |source| VmError::Spawn { path: program.to_owned(), source };
+/// Starts `program` with `control` as its descriptor 3 and no other but the standard three. `name` is
+/// for logs and threads, at most 15 bytes with `-parent`.
+pub(super) async fn spawn(
+    name: &'static str,
+    program: &Path,
+    control: OwnedFd,
+) -> std::io::Result<PodProcess> {
     let (report, started) = oneshot::channel();
     let path = program.to_owned();
     // A thread of its own, because the parent-death signal is sent when the *thread* that forked
     // ends: it must live exactly as long as the process.
     std::thread::Builder::new()
-        .name("husk-vmm-parent".into())
+        .name(format!("{name}-parent"))
         .stack_size(THREAD_STACK)
-        .spawn(move || parent(&path, control, report))
-        .map_err(failed)?;
+        .spawn(move || parent(name, &path, control, report))?;
     match started.await {
-        Ok(Ok(process)) => Ok(process),
-        Ok(Err(source)) if source.kind() == std::io::ErrorKind::NotFound => {
-            Err(VmError::NoVmm { path: program.to_owned() })
-        }
-        Ok(Err(source)) => Err(failed(source)),
-        Err(_) => Err(failed(std::io::Error::other("its parent thread panicked"))),
+        Ok(started) => started,
+        Err(_) => Err(std::io::Error::other("its parent thread panicked")),
     }
 }
 
 /// The thread that starts the process, keeps the end of what it writes, and reaps it.
-fn parent(program: &Path, control: OwnedFd, report: oneshot::Sender<std::io::Result<VmmProcess>>) {
+fn parent(
+    name: &'static str,
+    program: &Path,
+    control: OwnedFd,
+    report: oneshot::Sender<std::io::Result<PodProcess>>,
+) {
     let stderr = Arc::new(Mutex::new(Tail::default()));
     let (report_end, ended) = oneshot::channel();
     let started = start(program, control).map(|(child, pidfd)| {
         let pid = child.id();
-        (child, VmmProcess { pid, pidfd, ended, stderr: stderr.clone() })
+        (child, PodProcess { name, pid, pidfd, ended, status: None, stderr: stderr.clone() })
     });
     let mut child = match started {
         Ok((child, process)) => {
@@ -77,12 +84,12 @@ fn parent(program: &Path, control: OwnedFd, report: oneshot::Sender<std::io::Res
         }
     };
     if let Some(pipe) = child.stderr.take() {
-        keep_tail(pipe, &stderr);
+        keep_tail(name, pipe, &stderr);
     }
     match child.wait() {
-        // If nobody listens any more, the VM's end is known already.
+        // If nobody listens any more, the process's end is known already.
         Ok(status) => drop(report_end.send(status)),
-        Err(error) => tracing::warn!(%error, "cannot wait for the VMM's process"),
+        Err(error) => tracing::warn!(%error, name, "cannot wait for a process"),
     }
 }
 
@@ -210,19 +217,20 @@ pub fn probe_kvm(program: &Path, kvm: &OwnedFd) -> Result<Probe, VmError> {
 }
 
 /// Reads to the end of the file and keeps the last of it.
-fn keep_tail(mut pipe: impl Read, tail: &Mutex<Tail>) {
+fn keep_tail(name: &str, mut pipe: impl Read, tail: &Mutex<Tail>) {
     let mut buffer = [0; 4096];
     loop {
         match pipe.read(&mut buffer) {
             Ok(0) => return,
             Ok(n) => {
                 let bytes = buffer.get(..n).unwrap_or_default();
-                tracing::debug!(target: "husk_vmm", "{}", String::from_utf8_lossy(bytes).trim_end());
+                let text = String::from_utf8_lossy(bytes);
+                tracing::debug!(target: "husk_vmm", "{name}: {}", text.trim_end());
                 lock(tail).push(bytes);
             }
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(error) => {
-                tracing::warn!(%error, "cannot read what the VMM writes");
+                tracing::warn!(%error, name, "cannot read what a process writes");
                 return;
             }
         }
@@ -246,14 +254,20 @@ impl Tail {
     }
 }
 
-impl VmmProcess {
+impl PodProcess {
     pub(super) fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Waits for the process's end; `None` if it cannot be learned.
+    /// Waits for the process's end; `None` if it cannot be learned. Can be asked again, and a wait can
+    /// be given up.
     pub(super) async fn ended(&mut self) -> Option<ExitStatus> {
-        (&mut self.ended).await.ok()
+        if let Some(status) = self.status {
+            return status;
+        }
+        let status = (&mut self.ended).await.ok();
+        self.status = Some(status);
+        status
     }
 
     /// The last that the process wrote to its standard error.
@@ -265,12 +279,12 @@ impl VmmProcess {
     pub(super) fn kill(&self) {
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-            Err(errno) => tracing::warn!(%errno, "cannot kill the VMM's process"),
+            Err(errno) => tracing::warn!(%errno, name = self.name, "cannot kill a process"),
         }
     }
 }
 
-impl Drop for VmmProcess {
+impl Drop for PodProcess {
     fn drop(&mut self) {
         self.kill();
     }

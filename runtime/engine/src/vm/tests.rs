@@ -10,6 +10,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
 
+fn server(dir: &Path, name: &str) -> FileServer {
+    FileServer { program: script(name), dir: dir.to_owned() }
+}
+
 fn script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata").join(name)
 }
@@ -19,7 +23,7 @@ pub(crate) async fn vm_in_hand() -> (Vm, Channel) {
     let (ours, theirs) = Channel::pair().unwrap();
     // The process gets a socket too, but it is another.
     let (_, unused) = Channel::pair().unwrap();
-    let process = process::spawn(&script("vmm-silent"), unused.into_fd()).await.unwrap();
+    let process = process::spawn("vmm", &script("vmm-silent"), unused.into_fd()).await.unwrap();
     (Vm::drive(ours, process).unwrap(), theirs)
 }
 
@@ -83,7 +87,7 @@ async fn boot_sends_the_configuration_with_every_descriptor() {
         file.into()
     };
     let bucket = TokenBucketConfig { burst: 1 << 20, refill_per_second: 1 << 30 };
-    vm.boot(VmSpec {
+    let booted = vm.boot(VmSpec {
         vcpus: 2,
         memory_mib: 128,
         kvm: file("kvm"),
@@ -98,7 +102,10 @@ async fn boot_sends_the_configuration_with_every_descriptor() {
             rx_limit: RateLimit::default(),
             tx_limit: RateLimit { bytes: Some(bucket), operations: None },
         }],
+        shares: Vec::new(),
+        file_server: server(Path::new("/nonexistent"), "nonexistent"),
     });
+    booted.await.unwrap();
     let mut boot = tokio::task::spawn_blocking(move || vmm.receive::<Request>().unwrap().unwrap())
         .await
         .unwrap();
@@ -109,6 +116,7 @@ async fn boot_sends_the_configuration_with_every_descriptor() {
         std::fs::File::from(boot.take_fd(index).unwrap()).read_to_string(&mut text).unwrap();
         text
     };
+    assert_eq!(config.fs, None, "without a share there is no file system, and no server");
     assert_eq!(text(config.kvm), "kvm");
     assert_eq!(text(config.kernel), "kernel");
     assert_eq!(text(config.initramfs.unwrap()), "initramfs");
@@ -218,4 +226,93 @@ async fn answers_about_disks_go_to_who_asked() {
     assert!(refused.to_string().ends_with("other: there is no other"), "{refused}");
     assert!(matches!(vm.remove_disk("data").await, Err(VmError::Ended(_))));
     answers.join().unwrap();
+}
+
+fn spec_with(shares: Vec<Share>, file_server: FileServer) -> VmSpec {
+    let file = || tempfile::tempfile().unwrap().into();
+    VmSpec {
+        vcpus: 1,
+        memory_mib: 128,
+        kvm: file(),
+        kernel: file(),
+        initramfs: file(),
+        console: file(),
+        disks: Vec::new(),
+        nics: Vec::new(),
+        shares,
+        file_server,
+    }
+}
+
+fn share(path: &Path) -> Share {
+    let path = rustix::fs::open(path, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
+    Share { name: "data".into(), path, read_only: true }
+}
+
+/// The VMM's end of the file server's socket, and that of its control socket.
+async fn files_of(vmm: Channel) -> (std::os::unix::net::UnixStream, Channel) {
+    // The driver, on this thread, has to send it.
+    let receive = move || (vmm.receive::<Request>().unwrap().unwrap(), vmm);
+    let (mut boot, vmm) = tokio::task::spawn_blocking(receive).await.unwrap();
+    let Request::Boot(config) = boot.message.clone() else { panic!("{:?}", boot.message) };
+    let fs = config.fs.unwrap();
+    assert_eq!(fs.tag, FS_TAG);
+    (boot.take_fd(fs.socket).unwrap().into(), vmm)
+}
+
+#[tokio::test]
+async fn a_file_server_is_lost_with_its_last_words_and_the_vm_lives_on() {
+    let (vm, vmm) = vm_in_hand().await;
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec_with(vec![share(dir.path())], server(dir.path(), "fs-inspects"));
+    vm.boot(spec).await.unwrap();
+    let (_socket, vmm) = files_of(vmm).await;
+    let event = Event::FileServerLost { reason: "it closed its connection".into() };
+    vmm.send(&event, &[]).unwrap();
+    tokio::time::pause(); // it waits whether the VM ends as well
+    let words = vm.file_server_lost().await;
+    assert!(words.contains("signal: 9") && words.contains("last words"), "{words}");
+    assert!(vm.exit.borrow().is_none());
+    assert_eq!(vm.file_server_lost().await, words, "it is told again");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "the socket has no name left");
+}
+
+#[tokio::test]
+async fn a_file_server_that_the_vmm_gives_up_is_killed() {
+    let (vm, vmm) = vm_in_hand().await;
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec_with(vec![share(dir.path())], server(dir.path(), "vmm-silent"));
+    vm.boot(spec).await.unwrap();
+    vmm.send(&Event::FileServerLost { reason: "it lies".into() }, &[]).unwrap();
+    tokio::time::pause();
+    let words = vm.file_server_lost().await;
+    assert!(words.contains("signal: 9") && words.contains("it lies"), "{words}");
+}
+
+#[tokio::test]
+async fn the_file_server_ends_with_the_vm_and_is_not_a_loss_then() {
+    let (vm, vmm) = vm_in_hand().await;
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec_with(vec![share(dir.path())], server(dir.path(), "vmm-silent"));
+    vm.boot(spec).await.unwrap();
+    assert!(*vm.shared.files.lives());
+    vmm.send(&Event::Exited(Exit::PowerOff), &[]).unwrap();
+    drop(vmm);
+    vm.exited().await;
+    tokio::time::pause();
+    vm.gone().await;
+    assert!(!*vm.shared.files.lives());
+    let lost = tokio::time::timeout(Duration::from_secs(60), vm.file_server_lost());
+    assert!(lost.await.is_err(), "there is nothing to tell");
+}
+
+#[tokio::test]
+async fn a_file_server_that_does_not_exist_and_too_many_shares_are_errors() {
+    let (vm, _vmm) = vm_in_hand().await;
+    let dir = tempfile::tempdir().unwrap();
+    let missing = spec_with(vec![share(dir.path())], server(dir.path(), "nonexistent"));
+    assert!(matches!(vm.boot(missing).await, Err(VmError::NoFileServer { .. })));
+    let many = (0..=MAX_SHARES).map(|_| share(dir.path())).collect();
+    let many = spec_with(many, server(dir.path(), "vmm-silent"));
+    assert!(matches!(vm.boot(many).await, Err(VmError::TooManyShares { shares: 97 })));
 }

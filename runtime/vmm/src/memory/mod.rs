@@ -142,7 +142,9 @@ fn memory_file(len: u64) -> Result<File, MemoryError> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL;
     let file = match memfd_create("guest-memory", flags) {
         // Before Linux 6.3 there is no such flag.
-        Err(Errno::INVAL) => memfd_create("guest-memory", flags - MemfdFlags::NOEXEC_SEAL),
+        Err(Errno::INVAL) => {
+            memfd_create("guest-memory", flags.difference(MemfdFlags::NOEXEC_SEAL))
+        }
         made => made,
     };
     let file = file.map_err(failed)?;

@@ -28,7 +28,14 @@ fn ended(name: &str, kind: ContainerKind, exit_code: u8) -> ContainerStatus {
 fn report(phase: PodPhase, reason: &str, containers: Vec<ContainerStatus>) -> PodReport {
     let (reason, message) = (reason.to_owned(), "why".to_owned());
     PodReport {
-        status: PodStatus { phase, reason, message, pod_ips: Vec::new(), containers },
+        status: PodStatus {
+            phase,
+            reason,
+            message,
+            pod_ips: Vec::new(),
+            warnings: Vec::new(),
+            containers,
+        },
         guest: None,
         timeline: vec![Step { name: "boot".into(), begin_ns: 1_000_000, end_ns: 13_340_000 }],
         measured: None,

@@ -174,6 +174,7 @@ impl Pod {
             reason: String::new(),
             message: String::new(),
             pod_ips: Vec::new(),
+            warnings: Vec::new(),
             containers: vec![main],
         };
         let (ended, end) = watch::channel(None);
@@ -449,6 +450,7 @@ async fn the_end_of_the_pod_answers_who_waits_and_nobody_else() {
         reason: String::new(),
         message: String::new(),
         pod_ips: Vec::new(),
+        warnings: Vec::new(),
         containers: Vec::new(),
     };
     let access = stand_in::access(Arc::new(spec()), None);

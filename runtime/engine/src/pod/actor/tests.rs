@@ -41,6 +41,7 @@ struct Inner {
     /// How long a hook takes.
     hook_s: u64,
     vm_end: Notify,
+    file_server_lost: watch::Sender<Option<String>>,
     exit: Mutex<Option<Arc<VmExit>>>,
 }
 
@@ -130,6 +131,12 @@ impl Runtime for Fake {
     async fn power_off(&self) {
         self.note("power off".into());
         self.end_vm(Exit::PowerOff);
+    }
+
+    async fn file_server_lost(&self) -> String {
+        let mut lost = self.0.file_server_lost.subscribe();
+        let words = lost.wait_for(Option::is_some).await.unwrap();
+        words.clone().unwrap()
     }
 
     async fn vm_ended(&self) -> Arc<VmExit> {
@@ -438,4 +445,18 @@ async fn a_pod_that_takes_too_long_is_ended_and_has_failed() {
     let (_, status, took) = run_spec(&spec, Inner { scripts, ..Inner::default() }).finish().await;
     assert_eq!((status.phase, status.reason.as_str()), (PodPhase::Failed, "DeadlineExceeded"));
     assert_eq!(took, 100);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_file_server_is_told_at_once_and_the_pod_lives_on() {
+    let mut pod = run(RestartPolicy::Never, 0, &[Script::Obeys]);
+    pod.fake.0.file_server_lost.send_replace(Some("killed".into()));
+    let status = pod.status.wait_for(|status| !status.warnings.is_empty()).await.unwrap().clone();
+    assert_eq!(status.warnings[0].message, "killed");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(pod.status.borrow().warnings.len(), 1);
+    pod.stop(None).await;
+    let (_, status, _) = pod.finish().await;
+    assert_eq!(exit_codes(&status), [Some(143)]);
+    assert_eq!(status.warnings.len(), 1);
 }

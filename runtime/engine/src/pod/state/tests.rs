@@ -30,6 +30,7 @@ fn machine(policy: RestartPolicy, kinds: &[ContainerKind]) -> Machine {
         containers: kinds.iter().enumerate().map(container).collect(),
         overdue: false,
         addresses: Vec::new(),
+        warnings: Vec::new(),
     }
 }
 
@@ -505,4 +506,16 @@ mod totality {
             prop_assert!(pod.is_ended(), "{:?}", pod);
         }
     }
+}
+
+#[test]
+fn a_lost_file_server_is_told_and_ends_nothing() {
+    let mut machine = machine(RestartPolicy::Always, &[Main]);
+    feed(&mut machine, vec![Event::Prepared, Event::Started(0)]);
+    let actions = feed(&mut machine, vec![Event::FileServerLost("killed".into())]);
+    assert_eq!(actions, []);
+    let status = machine.status();
+    assert_eq!(status.phase, PodPhase::Running);
+    let expected = Warning { reason: "FileServerLost", message: "killed".into() };
+    assert_eq!(status.warnings, [expected]);
 }

@@ -27,14 +27,14 @@ use crate::GuestMemory;
 
 /// How long the server may take to take up its work. It is started together with the VM, and on a
 /// loaded host a process takes its time.
-pub const START_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long the server may take to stop, after the request that it works on.
-pub const STOP_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const STOP_LIMIT: Duration = Duration::from_secs(5);
 
 /// The server is of no use any more.
 #[derive(Debug, thiserror::Error)]
-pub enum FrontendError {
+pub(super) enum FrontendError {
     /// It is gone.
     #[error("the file server closed its connection")]
     Closed,
@@ -76,16 +76,16 @@ pub enum FrontendError {
 
 /// A queue as the server gets it.
 #[derive(Debug)]
-pub struct SharedQueue<'a> {
+pub(super) struct SharedQueue<'a> {
     /// The rings, checked by the transport.
-    pub queue: &'a Queue,
+    pub(super) queue: &'a Queue,
     /// Signalled by the guest.
-    pub kick: BorrowedFd<'a>,
+    pub(super) kick: BorrowedFd<'a>,
 }
 
 /// The connection. Requests are made one at a time.
 #[derive(Debug)]
-pub struct Frontend {
+pub(super) struct Frontend {
     socket: OwnedFd,
     /// Features and acknowledgements are agreed on.
     is_introduced: bool,
@@ -101,7 +101,7 @@ impl AsFd for Frontend {
 impl Frontend {
     /// A connection over a stream socket.
     #[must_use]
-    pub fn new(socket: OwnedFd) -> Self {
+    pub(super) fn new(socket: OwnedFd) -> Self {
         Frontend { socket, is_introduced: false, acknowledges: false }
     }
 
@@ -110,7 +110,7 @@ impl Frontend {
     ///
     /// # Errors
     /// [`FrontendError`]: nobody serves the queues.
-    pub fn start(
+    pub(super) fn start(
         &mut self,
         memory: &GuestMemory,
         features: u64,
@@ -142,14 +142,14 @@ impl Frontend {
     ///
     /// # Errors
     /// [`FrontendError`].
-    pub fn stop(&mut self, queues: u32) -> Result<(), FrontendError> {
+    pub(super) fn stop(&mut self, queues: u32) -> Result<(), FrontendError> {
         let mut talk = Talk { frontend: self, limit: STOP_LIMIT, end: deadline(STOP_LIMIT) };
         (0..queues).try_for_each(|queue| talk.ask(&Request::GetVringBase(queue)).map(drop))
     }
 
     /// What it means that the socket is readable while nothing was asked.
     #[must_use]
-    pub fn unasked(&self) -> Option<FrontendError> {
+    pub(super) fn unasked(&self) -> Option<FrontendError> {
         match recv(&self.socket, &mut [0_u8; 1][..], RecvFlags::DONTWAIT | RecvFlags::PEEK) {
             Ok((_, 0)) => Some(FrontendError::Closed),
             Ok(_) => Some(FrontendError::Unasked),
@@ -159,7 +159,7 @@ impl Frontend {
     }
 
     /// Ends the connection, which tells the server to end.
-    pub fn close(&self) {
+    pub(super) fn close(&self) {
         match shutdown(&self.socket, Shutdown::Both) {
             Ok(()) | Err(Errno::NOTCONN) => {}
             Err(error) => tracing::debug!(%error, "cannot shut the file server's socket down"),

@@ -16,7 +16,6 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::frontend::Frontend;
-pub use self::frontend::FrontendError;
 use self::handler::FsHandler;
 use super::worker::Worker;
 use super::{ActivateError, Activation, RING_FEATURES, VirtioDevice, Wiring};

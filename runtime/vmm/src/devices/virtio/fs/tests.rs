@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::super::status::DEVICE_NEEDS_RESET;
 use super::super::testing::{Buffer, Driver, activation, interrupt, wait_until};
