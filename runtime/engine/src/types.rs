@@ -411,8 +411,33 @@ pub struct VolumeMount {
     pub mount_path: String,
     /// Whether it may only be read. A volume of [`VolumeSource::Files`] always is.
     pub read_only: bool,
-    /// What of the volume is mounted instead of all of it: a relative path without `..`.
-    pub sub_path: Option<String>,
+    /// Whether, if it may only be read, that is so of what is mounted inside it too.
+    pub recursive_read_only: bool,
+    /// What of the volume is mounted instead of all of it.
+    pub sub_path: Option<SubPath>,
+    /// Whether what is mounted inside it is seen elsewhere.
+    pub propagation: MountPropagation,
+}
+
+/// A part of a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SubPath {
+    /// This path: relative, without `..`.
+    Path(String),
+    /// A path in which `$(VAR)` is not expanded yet.
+    Expr(String),
+}
+
+/// How mounts inside a volume's mount spread.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum MountPropagation {
+    /// They do not.
+    #[default]
+    None,
+    /// What another container mounts (with [`MountPropagation::Bidirectional`]) is seen in this one.
+    HostToContainer,
+    /// Both ways. Of privileged containers only.
+    Bidirectional,
 }
 
 /// A volume of a pod.

@@ -9,10 +9,10 @@ use super::objects::Scope;
 use super::pod::{check, show_cpu, show_memory};
 use super::problem::Problems;
 use super::view::View;
-use super::{dns, env, names, probe, security};
+use super::{dns, env, mount, names, probe, security};
 use crate::types::{
     Amounts, ContainerKind, ContainerPort, ContainerSpec, Protocol, PullPolicy, Resources, Rootfs,
-    TerminationMessage, VolumeMount, VolumeSpec,
+    TerminationMessage, VolumeSpec,
 };
 
 /// What the containers of a pod share.
@@ -49,6 +49,7 @@ pub(super) fn read(
     let probes = probe::read_all(view, kind, &ports, problems);
     let lifecycle =
         probe::read_lifecycle(&view.get("lifecycle"), kind, &ports, shared.grace_s, problems);
+    let security = security::read(&view.get("securityContext"), shared.security, problems);
     let mut flag = |name| view.get(name).boolean(problems).unwrap_or_default();
     let (tty, stdin, stdin_once) = (flag("tty"), flag("stdin"), flag("stdinOnce"));
     ContainerSpec {
@@ -61,8 +62,13 @@ pub(super) fn read(
         working_dir: working_dir.map(str::to_owned),
         ports,
         resources: read_resources(&view.get("resources"), problems),
-        volume_mounts: read_mounts(&view.get("volumeMounts"), shared.volumes, problems),
-        security: security::read(&view.get("securityContext"), shared.security, problems),
+        volume_mounts: mount::read_all(
+            &view.get("volumeMounts"),
+            shared.volumes,
+            security.privileged,
+            problems,
+        ),
+        security,
         tty,
         stdin,
         stdin_once,
@@ -245,42 +251,4 @@ fn read_amounts(view: &View<'_>, problems: &mut Problems) -> Amounts {
     let cpu = view.get("cpu").quantity(problems).map(|(quantity, _)| quantity.millis());
     let memory = view.get("memory").quantity(problems).map(|(quantity, _)| quantity.units());
     Amounts { cpu_millis: cpu.filter(|n| *n > 0), memory: memory.filter(|n| *n > 0) }
-}
-
-fn read_mounts(
-    view: &View<'_>,
-    volumes: &[VolumeSpec],
-    problems: &mut Problems,
-) -> Vec<VolumeMount> {
-    let mut mounts: Vec<VolumeMount> = Vec::new();
-    for view in view.objects(problems) {
-        let name = view.get("name");
-        let volume = name.required_text(problems).unwrap_or_default();
-        if !volume.is_empty() && !volumes.iter().any(|other| other.name == volume) {
-            name.invalid(volume, "there is no such volume in spec.volumes", problems);
-        }
-        let path = view.get("mountPath");
-        let text = path.required_text(problems).unwrap_or_default();
-        check(&path, text, names::absolute_path, problems);
-        let clean = if text.starts_with('/') { names::clean_path(text) } else { String::new() };
-        if text.starts_with('/') && clean.is_empty() {
-            path.invalid(text, "a volume cannot be the root", problems);
-        } else if mounts.iter().any(|other| other.mount_path == clean) && !clean.is_empty() {
-            let reason = "another volume of this container is mounted there";
-            path.invalid(text, reason, problems);
-        }
-        let read_only = view.get("readOnly").boolean(problems).unwrap_or_default();
-        let sub_path = view.get("subPath");
-        let part = sub_path.text(problems).filter(|text| !text.is_empty());
-        check(&sub_path, part.unwrap_or_default(), names::sub_path, problems);
-        mounts.push(VolumeMount {
-            volume: volume.into(),
-            mount_path: clean,
-            read_only,
-            sub_path: part
-                .map(|part| names::clean_path(part).trim_start_matches('/').to_owned())
-                .filter(|part| !part.is_empty()),
-        });
-    }
-    mounts
 }

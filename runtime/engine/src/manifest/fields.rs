@@ -345,9 +345,17 @@ const MOUNT: &[Field] = &[
     yes("mountPath", "required: an absolute path, each once"),
     yes("readOnly", "default false; volumes of configMap and the like always are"),
     yes("subPath", "a relative path in the volume, made if it is missing"),
-    only("recursiveReadOnly", &[Text("Disabled")], "others are not supported yet"),
-    only("mountPropagation", &[Text("None")], "others are not supported yet"),
-    not_yet("subPathExpr"),
+    yes("subPathExpr", "a `subPath` in which `$(VAR)` of declared variables is expanded"),
+    yes(
+        "recursiveReadOnly",
+        "`Disabled` (default), or with `readOnly`, `IfPossible` and `Enabled`: what is mounted inside \
+         is read-only too",
+    ),
+    yes(
+        "mountPropagation",
+        "`None` (default); `HostToContainer`: sees what other containers of the pod mount in the \
+         volume with `Bidirectional`, which is for privileged ones",
+    ),
 ];
 
 const MODE: &str = "default: `defaultMode`";

@@ -17,6 +17,7 @@ mod dns;
 mod docs;
 mod env;
 mod fields;
+mod mount;
 mod names;
 mod objects;
 mod pod;

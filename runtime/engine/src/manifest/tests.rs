@@ -152,13 +152,17 @@ fn a_full_pod_is_read_completely() {
                 volume: "data".into(),
                 mount_path: "/data".into(),
                 read_only: false,
-                sub_path: None
+                recursive_read_only: false,
+                sub_path: None,
+                propagation: MountPropagation::None,
             },
             VolumeMount {
                 volume: "cache".into(),
                 mount_path: "/var/cache".into(),
                 read_only: true,
+                recursive_read_only: false,
                 sub_path: None,
+                propagation: MountPropagation::None,
             },
         ]
     );
@@ -356,7 +360,12 @@ fn mounts_are_checked() {
         "    volumeMounts: [{name: x, mountPath: /a}, {name: v, mountPath: a}, \
          {name: v, mountPath: /b/}, {name: v, mountPath: //b}, {name: v, mountPath: /}, \
          {name: v, mountPath: /c/../d}, {name: v, mountPath: /e, subPath: /s}, \
-         {name: v, mountPath: /f, subPath: a/../..}, {name: v, mountPath: /g, subPathExpr: s}]\n  \
+         {name: v, mountPath: /f, subPath: a/../..}, {name: v, mountPath: /g, subPathExpr: s, subPath: t}, \
+         {name: v, mountPath: /h, subPathExpr: /$(A)}, \
+         {name: v, mountPath: /i, mountPropagation: Bidirectional}, \
+         {name: v, mountPath: /j, recursiveReadOnly: Enabled}, \
+         {name: v, mountPath: /k, readOnly: true, mountPropagation: HostToContainer, \
+         recursiveReadOnly: IfPossible}, {name: v, mountPath: /l, mountPropagation: Both}]\n  \
          volumes: [{name: v, emptyDir: {}}]",
     );
     let at = |i: usize, field: &str| format!("spec.containers[0].volumeMounts[{i}].{field}");
@@ -373,7 +382,21 @@ fn mounts_are_checked() {
             &format!("{}: /c/../d: must not contain '..'", at(5, "mountPath")),
             &format!("{}: /s: must be a relative path", at(6, "subPath")),
             &format!("{}: a/../..: must not contain '..'", at(7, "subPath")),
-            &format!("{}: not supported yet", at(8, "subPathExpr")),
+            &format!("{}: s: there is a subPath as well", at(8, "subPathExpr")),
+            &format!("{}: /$(A): must be a relative path", at(9, "subPathExpr")),
+            &format!(
+                "{}: Bidirectional: only for containers that are privileged",
+                at(10, "mountPropagation")
+            ),
+            &format!("{}: Enabled: only where readOnly is true", at(11, "recursiveReadOnly")),
+            &format!(
+                "{}: IfPossible: only where mountPropagation is None",
+                at(12, "recursiveReadOnly")
+            ),
+            &format!(
+                "{}: Both: must be one of: None, HostToContainer, Bidirectional",
+                at(13, "mountPropagation")
+            ),
         ],
     );
 }

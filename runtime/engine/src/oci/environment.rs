@@ -1,5 +1,6 @@
 //! The environment of a container, as the kubelet and a CRI runtime make it together.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
@@ -72,6 +73,23 @@ impl Declared {
                 self.index.insert(name.to_owned(), self.list.len());
                 self.list.push((name.to_owned(), value));
             }
+        }
+    }
+
+    /// Expands a text that may refer only to variables that are there; the name of one that is not.
+    pub(super) fn expand_known(&self, text: &str) -> Result<Result<String, TooLong>, String> {
+        let unknown = RefCell::new(None);
+        let lookup = |name: &str| {
+            let value = self.get(name);
+            if value.is_none() {
+                unknown.borrow_mut().get_or_insert_with(|| name.to_owned());
+            }
+            value
+        };
+        let expanded = expand(text, lookup, MAX_STRING);
+        match unknown.into_inner() {
+            None => Ok(expanded),
+            Some(name) => Err(name),
         }
     }
 

@@ -31,6 +31,7 @@ use crate::types::{ContainerSpec, PodSpec, ProcMount};
 
 pub use environment::EnvError;
 pub(crate) use environment::probe_command;
+pub use mounts::SubPathError;
 pub use user::UserError;
 
 /// The version of the runtime specification that the configuration follows.
@@ -64,6 +65,9 @@ pub enum SpecError {
     /// The environment or the command cannot be made.
     #[error("cannot make the environment")]
     Env(#[from] EnvError),
+    /// A part of a volume cannot be told.
+    #[error("cannot mount a part of a volume")]
+    SubPath(#[from] SubPathError),
     /// The user cannot be taken.
     #[error("cannot run as this user")]
     User(#[from] UserError),
@@ -91,6 +95,7 @@ pub fn container_spec(
 ) -> Result<Spec, SpecError> {
     let image = image.config().clone().unwrap_or_default();
     let root = format!("{}/{}/rootfs", guest::CONTAINERS, context.container_id);
+    let declared = environment::declared(pod, container, context)?;
     let mut spec = SpecBuilder::default()
         .version(OCI_VERSION)
         .root(
@@ -99,8 +104,8 @@ pub fn container_spec(
                 .readonly(container.security.read_only_root)
                 .build()?,
         )
-        .process(process(pod, container, &image, context)?)
-        .mounts(mounts::mounts(pod, container, context.container_id)?)
+        .process(process(pod, container, &image, &declared)?)
+        .mounts(mounts::mounts(pod, container, context.container_id, &declared)?)
         .linux(linux(container)?)
         .build()?;
     // The builder sets a host name, but the pod's is set once for all of its containers.
@@ -113,11 +118,10 @@ fn process(
     pod: &PodSpec,
     container: &ContainerSpec,
     image: &Config,
-    context: &StartContext<'_>,
+    declared: &environment::Declared,
 ) -> Result<Process, SpecError> {
-    let declared = environment::declared(pod, container, context)?;
-    let args = arguments(container, image, &declared)?;
-    let env = environment::complete(pod, container.tty, image, &declared)?;
+    let args = arguments(container, image, declared)?;
+    let env = environment::complete(pod, container.tty, image, declared)?;
     Ok(ProcessBuilder::default()
         .terminal(container.tty)
         .user(user::user(pod, container, image.user().as_deref().unwrap_or_default())?)
@@ -183,6 +187,9 @@ fn linux(container: &ContainerSpec) -> Result<Linux, SpecError> {
         .resources(limits::resources(container)?)
         .masked_paths(paths(mounts::MASKED_PATHS))
         .readonly_paths(paths(mounts::READONLY_PATHS));
+    if let Some(propagation) = mounts::of_root(container) {
+        builder = builder.rootfs_propagation(propagation);
+    }
     if security.privileged {
         builder = builder.devices(mounts::privileged_devices()?);
     }

@@ -6,7 +6,49 @@ use husk_proto::guest;
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Mount, MountBuilder};
 
-use crate::types::{ContainerSpec, PodSpec, VolumeMount, VolumeSource};
+use super::SpecError;
+use super::environment::Declared;
+use super::expansion::TooLong;
+use crate::types::{ContainerSpec, MountPropagation, PodSpec, SubPath, VolumeMount, VolumeSource};
+
+/// Why a part of a volume cannot be mounted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubPathError {
+    /// A variable that the container does not declare.
+    #[error("{mount_path}: subPathExpr {expr:?}: there is no variable {variable}")]
+    NoVariable {
+        /// Where it is mounted.
+        mount_path: String,
+        /// The expression.
+        expr: String,
+        /// The variable.
+        variable: String,
+    },
+    /// It would lead out of the volume.
+    #[error(
+        "{mount_path}: subPathExpr {expr:?} becomes {path:?}: it must be relative, without .. and NUL \
+         bytes"
+    )]
+    Outside {
+        /// Where it is mounted.
+        mount_path: String,
+        /// The expression.
+        expr: String,
+        /// What it becomes.
+        path: String,
+    },
+    /// It is longer than any path.
+    #[error("{mount_path}: subPathExpr {expr:?} becomes too long for a path")]
+    TooLong {
+        /// Where it is mounted.
+        mount_path: String,
+        /// The expression.
+        expr: String,
+    },
+}
+
+/// Longest path in bytes (PATH_MAX, which counts a NUL byte).
+const MAX_PATH: usize = 4095;
 
 /// Hidden unless `procMount: Unmasked` or privileged.
 pub(super) const MASKED_PATHS: &[&str] = &[
@@ -37,7 +79,8 @@ pub(super) fn mounts(
     pod: &PodSpec,
     container: &ContainerSpec,
     id: &str,
-) -> Result<Vec<Mount>, OciSpecError> {
+    declared: &Declared,
+) -> Result<Vec<Mount>, SpecError> {
     let mut mounts = systems(container.security.privileged)?;
     // Kubernetes: files of the pod may be written unless the root is read-only; a volume that the
     // container mounts at the same place wins.
@@ -51,22 +94,68 @@ pub(super) fn mounts(
     }
     let last_words = format!("{}/{id}/{}", guest::CONTAINERS, guest::TERMINATION_LOG);
     mounts.push(bind(&container.termination_message.path, &last_words, &["rw"])?);
-    for VolumeMount { volume, mount_path, read_only, sub_path } in &container.volume_mounts {
+    for mount in &container.volume_mounts {
         // A volume takes the place of what is mounted there by default, e.g. /dev/shm.
-        mounts.retain(|other| other.destination().as_os_str() != mount_path.as_str());
-        let mut source = format!("{}/{volume}", guest::VOLUMES);
-        if let Some(sub_path) = sub_path {
-            source = format!("{source}/{sub_path}");
-        }
-        let only_files = pod
-            .volumes
-            .iter()
-            .any(|other| other.name == *volume && matches!(other.source, VolumeSource::Files(_)));
-        let access = if *read_only || only_files { "ro" } else { "rw" };
-        mounts.push(bind(mount_path, &source, &[access])?);
+        mounts.retain(|other| other.destination().as_os_str() != mount.mount_path.as_str());
+        mounts.push(volume(pod, mount, declared)?);
     }
     mounts.sort_by_key(|mount| mount.destination().components().count());
     Ok(mounts)
+}
+
+/// The mount of a volume.
+fn volume(pod: &PodSpec, mount: &VolumeMount, declared: &Declared) -> Result<Mount, SpecError> {
+    let VolumeMount { volume, mount_path, read_only, recursive_read_only, sub_path, propagation } =
+        mount;
+    let mut source = format!("{}/{volume}", guest::VOLUMES);
+    let part = match sub_path {
+        None => None,
+        Some(SubPath::Path(path)) => Some(path.clone()),
+        Some(SubPath::Expr(expr)) => Some(expand(mount_path, expr, declared)?),
+    };
+    if let Some(part) = part.filter(|part| !part.is_empty()) {
+        source = format!("{source}/{part}");
+    }
+    let is_files = |source: &VolumeSource| matches!(source, VolumeSource::Files(_));
+    let only_files = pod.volumes.iter().any(|v| v.name == *volume && is_files(&v.source));
+    let access = match (*read_only || only_files, recursive_read_only) {
+        (true, true) => "rro",
+        (true, false) => "ro",
+        (false, _) => "rw",
+    };
+    Ok(system(mount_path, "bind", &source, &["rbind", option(*propagation), access])?)
+}
+
+fn option(propagation: MountPropagation) -> &'static str {
+    match propagation {
+        MountPropagation::None => "rprivate",
+        MountPropagation::HostToContainer => "rslave",
+        MountPropagation::Bidirectional => "rshared",
+    }
+}
+
+/// How mounts in a container's root spread, so that those in its volumes can as they should; `None`
+/// if none does. As of containerd's CRI plugin.
+pub(super) fn of_root(container: &ContainerSpec) -> Option<&'static str> {
+    let mounts = &container.volume_mounts;
+    [MountPropagation::Bidirectional, MountPropagation::HostToContainer]
+        .into_iter()
+        .find(|wanted| mounts.iter().any(|mount| mount.propagation == *wanted))
+        .map(option)
+}
+
+/// A `subPathExpr` as the kubelet expands it: with the variables that the pod declares, which must be
+/// there.
+fn expand(mount_path: &str, expr: &str, declared: &Declared) -> Result<String, SubPathError> {
+    let (mount_path, expr) = (mount_path.to_owned(), expr.to_owned());
+    let path = match declared.expand_known(&expr) {
+        Ok(Ok(path)) if path.len() <= MAX_PATH => path,
+        Ok(Ok(_) | Err(TooLong)) => return Err(SubPathError::TooLong { mount_path, expr }),
+        Err(variable) => return Err(SubPathError::NoVariable { mount_path, expr, variable }),
+    };
+    let leads_out =
+        path.starts_with('/') || path.contains('\0') || path.split('/').any(|part| part == "..");
+    if leads_out { Err(SubPathError::Outside { mount_path, expr, path }) } else { Ok(path) }
 }
 
 /// The kernel's file systems and the pod's shared memory, as every container sees them.

@@ -479,6 +479,65 @@ fn a_part_of_a_volume_is_bound_and_volumes_of_files_only_for_reading() {
 }
 
 #[test]
+fn mounts_spread_and_are_read_only_as_deep_as_they_are_told() {
+    let pod = pod("{volumes: [{name: a, emptyDir: {}}], \
+         containers: [{name: main, image: i, securityContext: {privileged: true}, volumeMounts: [\
+         {name: a, mountPath: /n, mountPropagation: None}, \
+         {name: a, mountPath: /h, mountPropagation: HostToContainer, readOnly: true}, \
+         {name: a, mountPath: /b, mountPropagation: Bidirectional}, \
+         {name: a, mountPath: /r, readOnly: true, recursiveReadOnly: Enabled}, \
+         {name: a, mountPath: /d, readOnly: true, recursiveReadOnly: Disabled}]}]}");
+    let got = spec(&pod, &busybox());
+    for (destination, options) in [
+        ("/n", ["rbind", "rprivate", "rw"]),
+        ("/h", ["rbind", "rslave", "ro"]),
+        ("/b", ["rbind", "rshared", "rw"]),
+        ("/r", ["rbind", "rprivate", "rro"]),
+        ("/d", ["rbind", "rprivate", "ro"]),
+    ] {
+        let all = got["mounts"].as_array().unwrap();
+        let mount = all.iter().find(|mount| mount["destination"] == destination).unwrap();
+        assert_eq!(mount["options"], json!(options), "{destination}");
+    }
+    assert_eq!(got["linux"]["rootfsPropagation"], "rshared");
+    assert!(spec(&main_with(""), &busybox())["linux"].get("rootfsPropagation").is_none());
+}
+
+#[test]
+fn a_part_of_a_volume_can_be_named_by_variables() {
+    let with = |expr: &str| {
+        let pod = pod(&format!(
+            "{{volumes: [{{name: a, emptyDir: {{}}}}], containers: [{{name: main, image: i, \
+             env: [{{name: POD, valueFrom: {{fieldRef: {{fieldPath: metadata.name}}}}}}, \
+             {{name: UP, value: ../x}}, {{name: ABS, value: /x}}, {{name: NONE, value: ''}}], \
+             volumeMounts: [{{name: a, mountPath: /x, subPathExpr: '{expr}'}}]}}]}}"
+        ));
+        let got = spec_of(&pod, &busybox()).map_err(|error| message(&error))?;
+        let all = got["mounts"].as_array().unwrap().clone();
+        let mount = all.iter().find(|mount| mount["destination"] == "/x").unwrap();
+        Ok::<_, String>(mount["source"].as_str().unwrap().to_owned())
+    };
+    for (expr, source) in [
+        ("$(POD)/logs", "/run/husk/volumes/a/web/logs"),
+        ("$$(POD)", "/run/husk/volumes/a/$(POD)"),
+        ("$(NONE)", "/run/husk/volumes/a"),
+        ("$POD", "/run/husk/volumes/a/$POD"),
+    ] {
+        assert_eq!(with(expr).unwrap(), source);
+    }
+    for (expr, why) in [
+        ("$(OTHER)/$(POD)", "/x: subPathExpr \"$(OTHER)/$(POD)\": there is no variable OTHER"),
+        ("a/$(UP)", "becomes \"a/../x\": it must be relative, without .. and NUL bytes"),
+        ("$(ABS)", "becomes \"/x\": it must be relative"),
+    ] {
+        let message = with(expr).unwrap_err();
+        assert!(message.starts_with("cannot mount a part of a volume: /x: "), "{message}");
+        assert!(message.contains(why), "{message}");
+    }
+    assert!(with(&"$(POD)".repeat(1500)).unwrap_err().contains("too long for a path"));
+}
+
+#[test]
 fn values_of_objects_are_not_expanded_but_can_be_referred_to() {
     let text = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {A: $(B), B: b}\n---\n\
          apiVersion: v1\nkind: Pod\nmetadata: {name: web}\nspec: {containers: [{name: main, image: i, \
