@@ -37,6 +37,14 @@ impl Pod {
             "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\nspec:\n  \
              restartPolicy: Never\n  terminationGracePeriodSeconds: 20\n  containers:\n{containers}"
         );
+        Pod::of(name, &manifest, options)
+    }
+
+    /// Starts the pod of this name of a manifest, and all others of it.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn of(name: &'static str, manifest: &str, options: &[&str]) -> Result<Pod> {
         let pod = Pod { husk: Husk::shared()?, name };
         let mut args = vec!["run", "-d"];
         args.extend(options);

@@ -4,74 +4,31 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io::Write as _;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use husk_cases::background::{Pod, text};
 use husk_cases::pods::Husk;
 
 /// Nothing here depends on a time; this only ends what hangs.
 const LIMIT: Duration = Duration::from_secs(400);
 
-/// A pod in the background, of a name that no other test uses; removed when this is dropped.
-struct Pod {
-    husk: &'static Husk,
-    name: &'static str,
-}
-
-impl Drop for Pod {
-    fn drop(&mut self) {
-        if let Err(error) = self.husk.output(&["rm", "-f", self.name]) {
-            eprintln!("{} stays: {error:#}", self.name);
+/// Waits until a pod's log has this line.
+fn says(pod: &Pod, line: &str) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let log = pod.ok(&["logs", pod.name])?;
+        if log.lines().any(|said| said == line) {
+            return Ok(());
         }
+        ensure!(Instant::now() < deadline, "it never says {line}:\n{log}");
+        std::thread::sleep(Duration::from_millis(200));
     }
 }
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-impl Pod {
-    fn up(name: &'static str, manifest: &str) -> Result<Pod> {
-        let husk = Husk::shared()?;
-        let mut child = husk
-            .command(&["run", "-d", "-"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        child.stdin.take().context("no input")?.write_all(manifest.as_bytes())?;
-        let output = child.wait_with_output()?;
-        ensure!(output.status.success(), "{}", text(&output.stderr));
-        Ok(Pod { husk, name })
-    }
-
-    /// Runs a command of husk's that must succeed; its standard output.
-    fn ok(&self, args: &[&str]) -> Result<String> {
-        let output = self.husk.output(args)?;
-        ensure!(output.status.success(), "{args:?}: {} {}", output.status, text(&output.stderr));
-        Ok(text(&output.stdout))
-    }
-
-    /// Runs a shell script in the first container; what it prints.
-    fn sh(&self, script: &str) -> Result<String> {
-        self.ok(&["exec", self.name, "--", "sh", "-c", script])
-    }
-
-    fn logs(&self) -> Result<String> {
-        self.ok(&["logs", self.name])
-    }
-
-    /// Waits until the pod's log has this line.
-    fn says(&self, line: &str) -> Result<()> {
-        let deadline = Instant::now() + LIMIT;
-        while !self.logs()?.lines().any(|said| said == line) {
-            ensure!(Instant::now() < deadline, "it never says {line}:\n{}", self.logs()?);
-            std::thread::sleep(Duration::from_millis(200));
-        }
-        Ok(())
-    }
+/// Runs a shell script in a pod's first container; what it prints.
+fn sh(pod: &Pod, script: &str) -> Result<String> {
+    pod.ok(&["exec", pod.name, "--", "sh", "-c", script])
 }
 
 /// How often the ConfigMap is changed.
@@ -131,14 +88,14 @@ fn numbered(n: usize) -> String {
 
 #[test]
 fn a_watcher_sees_every_one_of_a_thousand_updates_and_each_complete() -> Result<()> {
-    let mut own = format!(
-        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: watched, labels: {{v: a}}}}\nspec:\n  \
+    let mut own = String::from(
+        "---\napiVersion: v1\nkind: Pod\nmetadata: {name: watched, labels: {v: a}}\nspec:\n  \
          containers:\n  - name: main\n    image: localhost/husk/debian:test\n    \
-         env: [{{name: NUMBER, valueFrom: {{configMapKeyRef: {{name: numbered, key: one}}}}}}]\n    \
-         volumeMounts:\n    - {{name: config, mountPath: /config}}\n    \
-         - {{name: config, mountPath: /part, subPath: one}}\n    \
-         - {{name: pod, mountPath: /pod}}\n    \
-         command: [python3, -c]\n    args:\n    - |\n"
+         env: [{name: NUMBER, valueFrom: {configMapKeyRef: {name: numbered, key: one}}}]\n    \
+         volumeMounts:\n    - {name: config, mountPath: /config}\n    \
+         - {name: config, mountPath: /part, subPath: one}\n    \
+         - {name: pod, mountPath: /pod}\n    \
+         command: [python3, -c]\n    args:\n    - |\n",
     );
     for line in WATCHER.replace("UPDATES", &UPDATES.to_string()).lines() {
         writeln!(own, "      {line}")?;
@@ -147,8 +104,8 @@ fn a_watcher_sees_every_one_of_a_thousand_updates_and_each_complete() -> Result<
             - name: pod\n    projected:\n      sources:\n      \
             - downwardAPI: {items: [{path: v, fieldRef: {fieldPath: \"metadata.labels['v']\"}}]}\n      \
             - secret: {name: later, optional: true}\n";
-    let pod = Pod::up("watched", &format!("{}{own}", numbered(0)))?;
-    pod.says("watching")?;
+    let pod = Pod::of("watched", &format!("{}{own}", numbered(0)), &[])?;
+    says(&pod, "watching")?;
 
     let directory = tempfile::tempdir()?;
     let mut files = Vec::new();
@@ -162,9 +119,9 @@ fn a_watcher_sees_every_one_of_a_thousand_updates_and_each_complete() -> Result<
     let told = pod.ok(&args)?;
     ensure!(told.lines().count() == UPDATES, "{told}");
     ensure!(told.lines().all(|line| line == "default/watched: volume config updated"), "{told}");
-    pod.says(&format!("moves {UPDATES} last {UPDATES}"))?;
+    says(&pod, &format!("moves {UPDATES} last {UPDATES}"))?;
     // What Kubernetes does not update either.
-    pod.says("env 0 part 0")?;
+    says(&pod, "env 0 part 0")?;
 
     // Labels, and an object that was not there at the start.
     let path = directory.path().join("more.yaml");
@@ -174,9 +131,9 @@ fn a_watcher_sees_every_one_of_a_thousand_updates_and_each_complete() -> Result<
     ensure!(
         pod.ok(&["apply", "--pod", "watched", path])? == "default/watched: volume pod updated\n"
     );
-    ensure!(pod.sh("cat /pod/v /pod/k; ls /pod; ls -A /config | wc -l")? == "bsecretk\nv\n4\n");
+    ensure!(sh(&pod, "cat /pod/v /pod/k; ls /pod; ls -A /config | wc -l")? == "bsecretk\nv\n4\n");
     // A process that is started beside has the container's environment.
-    ensure!(pod.sh("echo $NUMBER")? == "0\n");
+    ensure!(sh(&pod, "echo $NUMBER")? == "0\n");
 
     fs::write(path, own.replace("metadata: {name: watched", "metadata: {name: watched, uid: u"))?;
     let refused = pod.husk.output(&["apply", "--pod", "watched", path])?;
@@ -256,7 +213,7 @@ fn mounts_inside_a_volume_spread_and_are_read_only_as_they_are_told() -> Result<
     // What fits before ENOSPC: of a disk what its limit says, but for a few blocks.
     let [disk, memory] = sizes else { anyhow::bail!("{log:?}") };
     assert_eq!(*memory, "32768 32768");
-    let free = |line: &str| Some(line.split_once(' ')?.1.parse::<u64>().ok()?);
+    let free = |line: &str| line.split_once(' ')?.1.parse::<u64>().ok();
     let free = free(disk).context("no number")?;
     assert!((30 << 10..=32 << 10).contains(&free), "{disk}");
     Ok(())
