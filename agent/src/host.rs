@@ -10,8 +10,8 @@ use crate::sys;
 use crate::transport::Transport;
 
 /// The environment variable that makes the agent run outside a VM, for tests: a directory with a
-/// Unix socket `<port>` for each port of the host, and a directory `disk-<serial>` for each disk that
-/// is not a real one.
+/// Unix socket `<port>` for each port of the host, a directory `disk-<serial>` for each disk that is not
+/// a real one, and a directory `shares` for what the host shares.
 /// The kernel passes nothing of that name to a guest's init unless it is told to.
 const TEST_DIRECTORY: &str = "HUSK_AGENT_TEST_DIR";
 

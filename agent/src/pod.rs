@@ -103,7 +103,7 @@ pub(crate) async fn set_up(host: &Host, request: &SetupPodRequest) -> Result<Pod
         storage::mount(host, filesystem).await?;
     }
     for volume in volumes {
-        storage::make_volume(volume)?;
+        storage::make_volume(host, volume)?;
     }
     storage::make_shm(*shm_size)?;
     let hosts = hosts.clone().unwrap_or_else(|| loopback_hosts(hostname));

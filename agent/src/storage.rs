@@ -1,5 +1,7 @@
 //! The pod's file systems and volumes.
 
+mod shares;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -37,6 +39,8 @@ pub(crate) enum StorageError {
     NoFiles(String),
     #[error("volumes: no file system is named {0:?}")]
     NoFilesystem(String),
+    #[error("volumes.source.share: the host has no share {number} (volume {volume:?})")]
+    NoShare { number: u32, volume: String },
     #[error("disk with serial {serial:?} did not appear in {limit:?}")]
     NoDisk { serial: String, limit: Duration },
     #[error("{what} {name:?}")]
@@ -107,7 +111,7 @@ pub(crate) fn check(filesystems: &[Filesystem], volumes: &[Volume]) -> Result<()
         match source {
             None => return Err(StorageError::NoSource(name.clone())),
             Some(volume::Source::Files(files)) => files::check(files)?,
-            Some(volume::Source::Tmpfs(_)) => {}
+            Some(volume::Source::Tmpfs(_) | volume::Source::Share(_)) => {}
             Some(volume::Source::DirectoryOn(on) | volume::Source::Filesystem(on)) => {
                 if !names.contains(on) {
                     return Err(StorageError::NoFilesystem(on.clone()));
@@ -188,7 +192,7 @@ pub(crate) async fn mount(host: &Host, filesystem: &Filesystem) -> Result<(), St
 }
 
 /// Attaches a mount at a path.
-fn attach(mount: &std::os::fd::OwnedFd, target: &Path) -> io::Result<()> {
+pub(crate) fn attach(mount: &std::os::fd::OwnedFd, target: &Path) -> io::Result<()> {
     use std::os::fd::AsFd;
     let target = rustix::fs::open(
         target,
@@ -202,12 +206,19 @@ fn attach(mount: &std::os::fd::OwnedFd, target: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// [`StorageError`].
-pub(crate) fn make_volume(volume: &Volume) -> Result<(), StorageError> {
+pub(crate) fn make_volume(host: &Host, volume: &Volume) -> Result<(), StorageError> {
     let name = volume.name.as_str();
     let target = Path::new(guest::VOLUMES).join(name);
-    fs::create_dir_all(&target).map_err(failed("make volume", name))?;
+    if !matches!(volume.source, Some(volume::Source::Share(_))) {
+        fs::create_dir_all(&target).map_err(failed("make volume", name))?;
+    }
     match &volume.source {
         None => return Err(StorageError::NoSource(name.to_owned())),
+        Some(volume::Source::Share(number)) => {
+            shares::bind(host, *number, name, &target)?;
+            // Owner and mode are the host's.
+            return spread(&target, name);
+        }
         Some(volume::Source::Files(wanted)) => {
             // Not a part of the agent's own tmpfs, so that its size has a bound.
             let mount = new_tmpfs(files::VOLUME_SIZE).map_err(failed("mount volume", name))?;
@@ -234,7 +245,11 @@ pub(crate) fn make_volume(volume: &Volume) -> Result<(), StorageError> {
     }
     set_owner(&target, volume.mode, volume.fs_group)
         .map_err(failed("set owner of volume", name))?;
-    // So that a container may mount in it for the others to see (Bidirectional propagation).
+    spread(&target, name)
+}
+
+/// Lets a container mount in a volume for the others to see (Bidirectional propagation).
+fn spread(target: &Path, name: &str) -> Result<(), StorageError> {
     rootfs::set_propagation(&target.to_string_lossy(), libc::MS_SHARED, false)
         .map_err(failed("share volume", name))
 }

@@ -320,6 +320,11 @@ impl Guest {
         }
     }
 
+    /// Where the shares of its host are, by their numbers.
+    pub(crate) fn shares(&self) -> PathBuf {
+        self.directory.path().join("shares")
+    }
+
     /// The agent's directory in /proc, as seen from outside.
     pub(crate) fn agent(&self) -> PathBuf {
         let agent = fs::read_to_string(self.cgroup.join("agent/cgroup.procs")).unwrap();

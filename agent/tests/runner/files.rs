@@ -1,10 +1,10 @@
-//! Volumes of files, and the last words of containers.
+//! Volumes of files, what the host shares, and the last words of containers.
 
 use husk_proto::agent as wire;
 use serde_json::{Value, json};
 use tonic::Code;
 
-use crate::guest::{Guest, Options, base_spec, config, files};
+use crate::guest::{Guest, Options, base_spec, config, files, setup_request};
 
 /// A configuration with bind mounts beside the usual ones: destination, source, `ro` or `rw`.
 fn with_binds(args: &[&str], binds: &[(&str, &str, &str)]) -> Value {
@@ -100,4 +100,53 @@ async fn last_words_can_be_read_until_the_container_is_deleted() {
     assert!(guest.nothing_left("a"));
     // The next one of that name begins with an empty file.
     guest.run_with("a", base_spec(&["true"]), Options::default()).await;
+}
+
+fn share(name: &str, number: u32) -> wire::Volume {
+    let source = Some(wire::volume::Source::Share(number));
+    wire::Volume { name: name.into(), source, mode: 0o700, fs_group: Some(1234) }
+}
+
+#[tokio::test]
+async fn what_the_host_shares_is_written_both_ways_and_keeps_its_owners() {
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    let guest = Guest::boot_without_pod().await;
+    let shares = guest.shares();
+    fs::create_dir_all(shares.join("0/d")).unwrap();
+    fs::write(shares.join("0/f"), "from the host\n").unwrap();
+    fs::write(shares.join("1"), "one file\n").unwrap();
+    fs::write(shares.join("2"), "of nobody's volume\n").unwrap();
+    fs::set_permissions(shares.join("0"), fs::Permissions::from_mode(0o751)).unwrap();
+    let mut request = setup_request(None);
+    request.volumes.extend([share("dir", 0), share("file", 1)]);
+    guest.client().setup_pod(request).await.unwrap();
+
+    let script = "cat /d/f /one /part/g 2>&1; stat -c '%a %g' /d; echo guest > /d/new; \
+                  echo more >> /one";
+    let binds = [
+        ("/d", "/run/husk/volumes/dir", "rw"),
+        ("/one", "/run/husk/volumes/file", "rw"),
+        ("/part", "/run/husk/volumes/dir/d", "ro"),
+    ];
+    fs::write(shares.join("0/d/g"), "in a part\n").unwrap();
+    let spec = with_binds(&["sh", "-c", script], &binds);
+    let run = guest.run_with("a", spec, Options::default()).await;
+    assert_eq!(run.stdout, "from the host\none file\nin a part\n751 0\n", "{}", run.stderr);
+    assert_eq!(fs::read_to_string(shares.join("0/new")).unwrap(), "guest\n");
+    assert_eq!(fs::read_to_string(shares.join("1")).unwrap(), "one file\nmore\n");
+    assert_eq!(fs::metadata(shares.join("0")).unwrap().mode() & 0o7777, 0o751);
+}
+
+#[tokio::test]
+async fn a_share_that_the_host_does_not_have_is_named() {
+    let guest = Guest::boot_without_pod().await;
+    std::fs::create_dir_all(guest.shares().join("0")).unwrap();
+    let mut request = setup_request(None);
+    request.volumes.extend([share("dir", 0), share("other", 7)]);
+    let refused = guest.client().setup_pod(request).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    let words = "volumes.source.share: the host has no share 7 (volume \"other\")";
+    assert!(refused.message().contains(words), "{}", refused.message());
 }
