@@ -108,8 +108,7 @@ async fn a_program_that_does_not_exist_fails_at_create_as_in_runc() {
 async fn a_file_that_is_no_program_fails_at_start_and_leaves_nothing() {
     let guest = Guest::boot().await;
     guest.create("a", base_spec(&["/bin/garbage"]), Options::default()).await;
-    let failure = guest.client().start_container(guest::start_id("a")).await.unwrap();
-    let failure = failure.into_inner().failure.unwrap();
+    let failure = guest.try_start("a").await.unwrap().unwrap_err();
     assert_eq!(failure.exit_code, 126);
     assert_eq!(failure.message, "exec /bin/garbage: exec format error");
     assert!(guest.nothing_left("a"));
@@ -246,32 +245,40 @@ async fn volumes_are_shared_and_sub_paths_stay_inside_them() {
 }
 
 #[tokio::test]
-async fn the_end_of_a_process_can_be_asked_for_right_behind_its_start() {
+async fn who_starts_a_process_is_told_its_end() {
+    use wire::process_event::Event::{self, Exited, Failure, Started};
+    async fn all(mut events: tonic::Streaming<wire::ProcessEvent>) -> Vec<Event> {
+        let mut all = Vec::new();
+        while let Some(told) = events.message().await.unwrap() {
+            all.push(told.event.unwrap());
+        }
+        all
+    }
     let guest = Guest::boot().await;
     guest.start("a", base_spec(&["sleep", "1000"]), Options::default()).await;
+    let exec = async |name: &str, args: &[&str]| {
+        let request = guest::exec_request("a", name, &exec_process(args), None);
+        all(guest.client().exec_process(request).await.unwrap().into_inner()).await
+    };
     for round in 0..30 {
-        let exec = format!("e{round}");
-        let process = exec_process(&["sh", "-c", "exit 7"]);
-        // In this order on one connection, and neither waits for the other.
-        let (started, exit) = tokio::join!(
-            guest.start_exec("a", &exec, process, Options::default()),
-            guest.wait("a", &exec),
-        );
-        started.unwrap();
-        assert_eq!(exit.exit_code, 7);
+        let told = exec(&format!("e{round}"), &["sh", "-c", "exit 7"]).await;
+        let [Started(pid), Exited(exit)] = &told[..] else { panic!("{told:?}") };
+        assert_eq!((exit.exit_code, exit.signal), (7, 0));
+        assert!(*pid > 1);
     }
-    let (failure, exit) =
-        tokio::join!(guest.exec_failure("a", "f", exec_process(&["nope"])), async {
-            let request =
-                wire::WaitProcessRequest { container_id: "a".into(), exec_id: "f".into() };
-            guest.client().wait_process(request).await
-        });
-    assert_eq!(failure.exit_code, 127);
-    // It is not left waiting for a process that will never be.
-    match exit {
-        Ok(exit) => assert_eq!(exit.into_inner().exit_code, 127),
-        Err(status) => assert_eq!(status.code(), Code::NotFound),
-    }
+    let told = exec("f", &["nope"]).await;
+    assert!(matches!(&told[..], [Failure(failure)] if failure.exit_code == 127), "{told:?}");
+
+    guest.create("b", base_spec(&["sh", "-c", "exit 9"]), Options::default()).await;
+    let told = guest.client().start_container(guest::start_id("b")).await.unwrap().into_inner();
+    let told = all(told).await;
+    assert!(matches!(&told[..], [Started(_), Exited(exit)] if exit.exit_code == 9), "{told:?}");
+
+    // Whoever gives that up does nothing to the process.
+    let request =
+        guest::exec_request("a", "g", &exec_process(&["sh", "-c", "sleep 1; exit 6"]), None);
+    drop(guest.client().exec_process(request).await.unwrap());
+    assert_eq!(guest.wait("a", "g").await.exit_code, 6);
 }
 
 #[tokio::test]
@@ -375,7 +382,7 @@ async fn waiting_may_begin_before_the_start_and_by_many() {
     guest.create("a", base_spec(&["sh", "-c", "exit 5"]), Options::default()).await;
     let start = async {
         tokio::time::sleep(Duration::from_millis(100)).await;
-        guest.client().start_container(guest::start_id("a")).await.unwrap();
+        guest.try_start("a").await.unwrap().unwrap();
     };
     let (first, second, ()) = tokio::join!(guest.wait("a", ""), guest.wait("a", ""), start);
     assert_eq!((first.exit_code, second.exit_code), (5, 5));
@@ -388,7 +395,7 @@ async fn requests_out_of_order_are_refused() {
     let setup = client.setup_pod(guest::setup_request(None)).await.unwrap_err();
     assert_eq!(setup.code(), Code::FailedPrecondition);
     for error in [
-        client.start_container(guest::start_id("x")).await.unwrap_err(),
+        guest.try_start("x").await.unwrap_err(),
         client.delete_container(guest::id("x")).await.unwrap_err(),
         guest.signal("x", "", 9).await.unwrap_err(),
         guest.resize("x", 1, 1).await.unwrap_err(),
@@ -404,7 +411,7 @@ async fn requests_out_of_order_are_refused() {
     guest.delete("a").await;
     assert!(guest.nothing_left("a"));
     guest.start("a", base_spec(&["sleep", "1000"]), Options::default()).await;
-    let start = client.start_container(guest::start_id("a")).await.unwrap_err();
+    let start = guest.try_start("a").await.unwrap_err();
     assert_eq!(start.code(), Code::FailedPrecondition);
     let no_terminal = guest.resize("a", 1, 1).await.unwrap_err();
     assert_eq!(no_terminal.code(), Code::FailedPrecondition);

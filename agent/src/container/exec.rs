@@ -3,30 +3,20 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use husk_proto::agent::ExecProcessRequest;
-use rustix::thread::ThreadNameSpaceType;
-use tokio::sync::watch;
-
 use super::init::Job;
 use super::process::ProcessPlan;
 use super::spawn::{Spawned, take_master};
 use super::state::{self, Event};
 use super::user_namespace::Mappings;
 use super::{
-    Container, ContainerError, MAX_ENDED_EXECS, Outcome, Process, Remains, Runner, StartFailure,
+    Container, ContainerError, Ending, MAX_ENDED_EXECS, Outcome, Process, Remains, Runner, Started,
     Table, check_name, spec,
 };
 use crate::cgroup::Cgroup;
 use crate::lock;
 use crate::stdio::{self, Ends, Relay};
-
-/// A process that is to be made: its name is taken, and whoever waits for its end already can.
-pub(crate) struct ExecReserved {
-    id: String,
-    exec: String,
-    target: Target,
-    ports: husk_proto::agent::Stdio,
-}
+use husk_proto::agent::ExecProcessRequest;
+use rustix::thread::ThreadNameSpaceType;
 
 /// What an exec needs of its container.
 struct Target {
@@ -38,8 +28,6 @@ struct Target {
     remains: Arc<Remains>,
     pid: u32,
     pidfd: Arc<std::os::fd::OwnedFd>,
-    /// Where the new process's end will be told.
-    outcome: watch::Sender<Outcome>,
 }
 
 impl Target {
@@ -58,31 +46,20 @@ impl Target {
 }
 
 impl Runner {
-    /// Takes the name for a process that is to be run in a running container by [`Self::exec`].
-    ///
-    /// # Errors
-    /// [`ContainerError`].
-    pub(crate) fn reserve_exec(
-        &self,
-        request: ExecProcessRequest,
-    ) -> Result<ExecReserved, ContainerError> {
-        let ExecProcessRequest { container_id: id, exec_id: exec, process, stdio } = request;
-        check_name("exec_id", &exec)?;
-        let given = spec::parse_process(&process)?;
-        let target = self.take_name(&id, &exec, given)?;
-        Ok(ExecReserved { id, exec, target, ports: stdio.unwrap_or_default() })
-    }
-
-    /// Runs a process in a running container. Returns its process ID, or why its program cannot be
-    /// executed. On failure nothing is left of it.
+    /// Runs a process in a running container. If its program cannot be executed, nothing is left of
+    /// it.
     ///
     /// # Errors
     /// [`ContainerError`].
     pub(crate) async fn exec(
         &self,
-        reserved: ExecReserved,
-    ) -> Result<Result<u32, StartFailure>, ContainerError> {
-        let ExecReserved { id, exec, target, ports } = reserved;
+        request: ExecProcessRequest,
+    ) -> Result<Started, ContainerError> {
+        let ExecProcessRequest { container_id: id, exec_id: exec, process, stdio } = request;
+        check_name("exec_id", &exec)?;
+        let given = spec::parse_process(&process)?;
+        let target = self.take_name(&id, &exec, given)?;
+        let ports = stdio.unwrap_or_default();
         let result = self.exec_reserved(&id, &exec, &target, ports).await;
         if let Ok(container) = target.container(&mut lock(&self.table), &id) {
             container.execs_starting.remove(&exec);
@@ -104,14 +81,13 @@ impl Runner {
         state::transition(container.state, Event::Exec)
             .map_err(|refused| ContainerError::Refused(id.to_owned(), refused))?;
         let plan = container.plan.exec(given)?;
-        if container.execs.contains_key(exec) || container.execs_starting.contains_key(exec) {
+        if container.execs.contains_key(exec) || container.execs_starting.contains(exec) {
             return Err(ContainerError::ExecExists {
                 container: id.to_owned(),
                 exec: exec.to_owned(),
             });
         }
-        let outcome = watch::Sender::new(Outcome::Pending);
-        container.execs_starting.insert(exec.to_owned(), outcome.clone());
+        container.execs_starting.insert(exec.to_owned());
         Ok(Target {
             plan,
             kinds: container.plan.namespaces.to_enter(),
@@ -119,7 +95,6 @@ impl Runner {
             remains: Arc::clone(&container.remains),
             pid: container.main.pid,
             pidfd: Arc::clone(&container.main.pidfd),
-            outcome,
         })
     }
 
@@ -129,7 +104,7 @@ impl Runner {
         exec: &str,
         target: &Target,
         ports: husk_proto::agent::Stdio,
-    ) -> Result<Result<u32, StartFailure>, ContainerError> {
+    ) -> Result<Started, ContainerError> {
         let plan = &target.plan;
         let terminal = plan.terminal.is_some();
         // Nothing has to be connected before it starts, and nothing be taken out of it.
@@ -141,9 +116,8 @@ impl Runner {
         target.container(&mut lock(&self.table), id)?;
         let Spawned { mut process, mut gate, reaped } =
             self.clone_exec(target, child_stdio, held)?;
-        process.outcome = target.outcome.clone();
         process.oom_kills_before = oom_kills_before;
-        let pid = process.pid;
+        let (pid, ending) = (process.pid, Ending::of(&process.outcome));
         let streams = match held {
             true => Some(streams),
             false => {
@@ -159,7 +133,7 @@ impl Runner {
         }
         self.follow(id, exec, Arc::clone(&target.remains), reaped);
         let Some(streams) = streams else {
-            return Ok(gate.open().await?.map_or(Ok(pid), Err));
+            return Ok(gate.open().await?.map_or(Ok((pid, ending)), Err));
         };
         let connected = async { Ok(streams.connect(&self.transport).await?) };
         let (ready, ends) = tokio::try_join!(gate.ready(), connected)?;
@@ -167,8 +141,8 @@ impl Runner {
             Ok(terminal) => terminal,
             Err(failure) => return Ok(Err(failure)),
         };
-        let pid = self.connect_exec(id, exec, ends, terminal)?;
-        Ok(gate.open().await?.map_or(Ok(pid), Err))
+        self.connect_exec(id, exec, ends, terminal)?;
+        Ok(gate.open().await?.map_or(Ok((pid, ending)), Err))
     }
 
     /// Clones a process into the container's cgroup and process ID namespace.
@@ -197,7 +171,7 @@ impl Runner {
         exec: &str,
         ends: Ends,
         terminal: Option<i32>,
-    ) -> Result<u32, ContainerError> {
+    ) -> Result<(), ContainerError> {
         let mut table = lock(&self.table);
         let process = table.process(id, exec)?;
         if !process.alive {
@@ -205,7 +179,7 @@ impl Runner {
         }
         let master = terminal.map(|fd| take_master(process, fd)).transpose()?;
         process.relay = Relay::start(ends, master)?;
-        Ok(process.pid)
+        Ok(())
     }
 }
 

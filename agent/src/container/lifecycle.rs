@@ -8,7 +8,7 @@ use husk_proto::agent;
 
 use super::spec::{self, SpecError};
 use super::state::{self, Event, Refused, State};
-use super::{Container, ContainerError, Exit, Outcome, Runner, StartFailure};
+use super::{Container, ContainerError, Ending, Exit, Outcome, Process, Runner, Started};
 use crate::cgroup::{Cgroup, devices};
 use crate::lock;
 use crate::sys;
@@ -25,55 +25,36 @@ const LAST_SIGNAL: u32 = 64;
 const SIGKILL: u32 = 9;
 
 impl Runner {
-    /// Starts the program of a created container. Returns why it cannot be executed, if it cannot:
-    /// then nothing is left of the container.
+    /// Starts the program of a created container. If it cannot be executed, nothing is left of the
+    /// container.
     ///
     /// # Errors
     /// [`ContainerError`].
-    pub(crate) async fn start(&self, id: &str) -> Result<Option<StartFailure>, ContainerError> {
-        let (gate, remains) = {
+    pub(crate) async fn start(&self, id: &str) -> Result<Started, ContainerError> {
+        let (gate, remains, pid, ending) = {
             let mut table = lock(&self.table);
             let container = table.container(id)?;
             container.apply(id, Event::Start)?;
-            (container.gate.take(), Arc::clone(&container.remains))
+            let Process { pid, outcome, .. } = &container.main;
+            let ending = Ending::of(outcome);
+            (container.gate.take(), Arc::clone(&container.remains), *pid, ending)
         };
         let failure = gate.ok_or(ContainerError::Died)?.open().await?;
-        if failure.is_some() {
-            // Its end is made known first, to those who wait for it.
-            self.wait(id, super::MAIN).await?;
-            let _reservation = self.take_out(id)?;
-            self.clear(&remains).await?;
-        }
-        Ok(failure)
+        let Some(failure) = failure else { return Ok(Ok((pid, ending))) };
+        // Its end is made known first, to those who wait for it.
+        ending.told().await?;
+        let _reservation = self.take_out(id)?;
+        self.clear(&remains).await?;
+        Ok(Err(failure))
     }
 
-    /// Waits for the end of a process and of its output, also of one that is still being made.
+    /// Waits for the end of a process and of its output.
     ///
     /// # Errors
     /// [`ContainerError`] if there is no such process.
     pub(crate) async fn wait(&self, id: &str, exec: &str) -> Result<Exit, ContainerError> {
-        let mut outcome = {
-            let mut table = lock(&self.table);
-            match table.container(id)?.execs_starting.get(exec) {
-                Some(outcome) => outcome.subscribe(),
-                None => table.process(id, exec)?.outcome.subscribe(),
-            }
-        };
-        loop {
-            if let Outcome::Ended(exit) = *outcome.borrow_and_update() {
-                return Ok(exit);
-            }
-            if outcome.changed().await.is_err() {
-                return Err(match exec {
-                    super::MAIN => ContainerError::NoContainer(id.to_owned()),
-                    // It could not be made.
-                    exec => ContainerError::NoProcess {
-                        container: id.to_owned(),
-                        exec: exec.to_owned(),
-                    },
-                });
-            }
-        }
+        let ending = Ending::of(&lock(&self.table).process(id, exec)?.outcome);
+        ending.told().await
     }
 
     /// Sends a signal to a process, or to all of the container.

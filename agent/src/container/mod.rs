@@ -114,6 +114,8 @@ pub(crate) enum ContainerError {
     Reported(String),
     #[error("the new process ended before it was ready")]
     Died,
+    #[error("the process is not followed to its end any more")]
+    Unfollowed,
     #[error("the new process was killed for memory before it was ready: the limit is too low")]
     OutOfMemory,
 }
@@ -139,6 +141,31 @@ pub(crate) enum Outcome {
     Ended(Exit),
 }
 
+/// What tells the end of a process, also when that is known to nobody else any more.
+pub(crate) struct Ending(watch::Receiver<Outcome>);
+
+impl Ending {
+    fn of(outcome: &watch::Sender<Outcome>) -> Self {
+        Self(outcome.subscribe())
+    }
+
+    /// Waits for the end of the process and of its output.
+    ///
+    /// # Errors
+    /// [`ContainerError::Unfollowed`].
+    pub(crate) async fn told(mut self) -> Result<Exit, ContainerError> {
+        loop {
+            if let Outcome::Ended(exit) = *self.0.borrow_and_update() {
+                return Ok(exit);
+            }
+            self.0.changed().await.map_err(|_| ContainerError::Unfollowed)?;
+        }
+    }
+}
+
+/// A process whose program was executed: its process ID, and its end. Or why it cannot be.
+pub(crate) type Started = Result<(u32, Ending), StartFailure>;
+
 /// A process of a container.
 struct Process {
     pid: u32,
@@ -160,8 +187,8 @@ struct Container {
     /// What holds the process back until it is started; taken by the start.
     gate: Option<Gate>,
     execs: BTreeMap<String, Process>,
-    /// Names of processes that are being made, and where their end will be told.
-    execs_starting: BTreeMap<String, watch::Sender<Outcome>>,
+    /// Names of processes that are being made.
+    execs_starting: BTreeSet<String>,
     /// How many kills for memory have been told of.
     oom_kills_told: u64,
     /// Tells of kills for memory as they happen.

@@ -7,8 +7,8 @@ use tonic::{Request, Response, Status};
 
 use super::Agent;
 use super::status::{container_status, copy_status, dial_status, network_status, volume_status};
-use crate::container::StartFailure;
 use crate::container::copy::Direction;
+use crate::container::{Exit, StartFailure, Started};
 use crate::epoch_ns;
 use crate::kmsg;
 use crate::storage;
@@ -28,6 +28,32 @@ async fn to_the_end<T: Send + 'static>(
 
 fn failure(failure: StartFailure) -> wire::StartFailure {
     wire::StartFailure { exit_code: failure.exit_code.into(), message: failure.message }
+}
+
+fn process_exit(exit: Exit) -> wire::ProcessExit {
+    wire::ProcessExit {
+        exit_code: exit.code,
+        signal: exit.signal,
+        oom_killed: exit.oom_killed,
+        exited_at_ns: epoch_ns(exit.at),
+        unused_ports: exit.unused_ports.into_iter().filter(|port| *port != 0).collect(),
+    }
+}
+
+/// What becomes of a process, told as it comes.
+fn process_events(started: Started) -> Answers<wire::ProcessEvent> {
+    use wire::process_event::Event;
+    let (first, ending) = match started {
+        Ok((pid, ending)) => (Event::Started(pid), Some(ending)),
+        Err(why) => (Event::Failure(failure(why)), None),
+    };
+    let first = tokio_stream::once(Ok(first));
+    let last = tokio_stream::iter(ending).then(|ending| async {
+        let exit = ending.told().await.map_err(|e| container_status(&e))?;
+        Ok(Event::Exited(process_exit(exit)))
+    });
+    let event = |event| wire::ProcessEvent { event: Some(event) };
+    Box::pin(first.chain(last).map(move |told| told.map(event)))
 }
 
 #[tonic::async_trait]
@@ -67,36 +93,32 @@ impl Service for Agent {
         .await
     }
 
+    type StartContainerStream = Answers<wire::ProcessEvent>;
+
     async fn start_container(
         &self,
         request: Request<wire::StartContainerRequest>,
-    ) -> Result<Response<wire::StartContainerResponse>, Status> {
+    ) -> Result<Response<Self::StartContainerStream>, Status> {
         let agent = self.clone();
         to_the_end(async move {
             let wire::StartContainerRequest { id } = request.into_inner();
-            let result = agent.runner.start(&id).await.map_err(|e| container_status(&e))?;
+            let started = agent.runner.start(&id).await.map_err(|e| container_status(&e))?;
             agent.look_for_late_devices();
-            Ok(wire::StartContainerResponse { failure: result.map(failure) })
+            Ok(process_events(started))
         })
         .await
     }
 
+    type ExecProcessStream = Answers<wire::ProcessEvent>;
+
     async fn exec_process(
         &self,
         request: Request<wire::ExecProcessRequest>,
-    ) -> Result<Response<wire::ExecProcessResponse>, Status> {
-        use wire::exec_process_response::Result as Wire;
+    ) -> Result<Response<Self::ExecProcessStream>, Status> {
         let agent = self.clone();
-        // At once, for the question for its end that may come right behind.
-        let reserved = agent.runner.reserve_exec(request.into_inner());
-        let reserved = reserved.map_err(|e| container_status(&e))?;
         to_the_end(async move {
-            let result = agent.runner.exec(reserved).await;
-            let result = match result.map_err(|e| container_status(&e))? {
-                Ok(pid) => Wire::Pid(pid),
-                Err(why) => Wire::Failure(failure(why)),
-            };
-            Ok(wire::ExecProcessResponse { result: Some(result) })
+            let started = agent.runner.exec(request.into_inner()).await;
+            Ok(process_events(started.map_err(|e| container_status(&e))?))
         })
         .await
     }
@@ -104,17 +126,10 @@ impl Service for Agent {
     async fn wait_process(
         &self,
         request: Request<wire::WaitProcessRequest>,
-    ) -> Result<Response<wire::WaitProcessResponse>, Status> {
+    ) -> Result<Response<wire::ProcessExit>, Status> {
         let wire::WaitProcessRequest { container_id, exec_id } = request.into_inner();
         let exit = self.runner.wait(&container_id, &exec_id).await;
-        let exit = exit.map_err(|e| container_status(&e))?;
-        Ok(Response::new(wire::WaitProcessResponse {
-            exit_code: exit.code,
-            signal: exit.signal,
-            oom_killed: exit.oom_killed,
-            exited_at_ns: epoch_ns(exit.at),
-            unused_ports: exit.unused_ports.into_iter().filter(|port| *port != 0).collect(),
-        }))
+        Ok(Response::new(process_exit(exit.map_err(|e| container_status(&e))?)))
     }
 
     async fn signal_process(

@@ -58,7 +58,9 @@ pub(super) fn container_status(error: &ContainerError) -> Status {
         E::Update(UpdateError::Spec(_) | UpdateError::InUse { .. }) => Code::InvalidArgument,
         E::Cgroup(_) | E::Update(UpdateError::Cgroup(_)) => Code::Internal,
         E::NotFrozen(_) | E::Read { .. } => Code::Internal,
-        E::Stdio(_) | E::Step(_) | E::Reported(_) | E::Died | E::OutOfMemory => Code::Internal,
+        E::Stdio(_) | E::Step(_) | E::Reported(_) | E::Died | E::Unfollowed | E::OutOfMemory => {
+            Code::Internal
+        }
     };
     status(code, &chain(error as &dyn Error))
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use husk_proto::agent::agent_client::AgentClient;
-use husk_proto::agent::{self as wire, create_container_response, exec_process_response};
+use husk_proto::agent::{self as wire, create_container_response};
 use husk_proto::ports;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -63,7 +63,7 @@ pub(crate) struct Options {
 pub(crate) struct Run {
     pub(crate) stdout: String,
     pub(crate) stderr: String,
-    pub(crate) exit: wire::WaitProcessResponse,
+    pub(crate) exit: wire::ProcessExit,
 }
 
 /// The host's ends of a process's streams.
@@ -163,6 +163,35 @@ pub(crate) fn config(args: &[&str], change: impl FnOnce(&mut Value)) -> Value {
     });
     change(&mut spec);
     spec
+}
+
+pub(crate) fn exec_request(
+    id: &str,
+    exec: &str,
+    process: &Value,
+    stdio: Option<wire::Stdio>,
+) -> wire::ExecProcessRequest {
+    wire::ExecProcessRequest {
+        container_id: id.into(),
+        exec_id: exec.into(),
+        process: serde_json::to_vec(process).unwrap(),
+        stdio,
+    }
+}
+
+/// What a process's start came to: its process ID, or why its program cannot be executed.
+pub(crate) type Started = Result<u32, wire::StartFailure>;
+
+/// The first that is told of a process.
+pub(crate) async fn first(
+    mut events: tonic::Streaming<wire::ProcessEvent>,
+) -> Result<Started, Status> {
+    use wire::process_event::Event;
+    match events.message().await?.and_then(|told| told.event).expect("an event") {
+        Event::Started(pid) => Ok(Ok(pid)),
+        Event::Failure(failure) => Ok(Err(failure)),
+        Event::Exited(exit) => panic!("it ended before its start: {exit:?}"),
+    }
 }
 
 /// The `process` of an exec.
@@ -424,9 +453,14 @@ impl Guest {
 
     pub(crate) async fn start(&self, id: &str, spec: Value, options: Options) -> Streams {
         let streams = self.create(id, spec, options).await;
-        let started = self.client().start_container(start_id(id)).await.unwrap().into_inner();
-        assert_eq!(started.failure, None);
+        let started = self.try_start(id).await.unwrap();
+        assert!(started.is_ok_and(|pid| pid > 1));
         streams
+    }
+
+    /// Starts the program of a created container: its process ID, or why it cannot be executed.
+    pub(crate) async fn try_start(&self, id: &str) -> Result<Started, Status> {
+        first(self.client().start_container(start_id(id)).await?.into_inner()).await
     }
 
     pub(crate) async fn run(&self, id: &str, args: &[&str]) -> Run {
@@ -449,17 +483,12 @@ impl Guest {
         exec: &str,
         process: Value,
         options: Options,
-    ) -> Result<(wire::ExecProcessResponse, Streams), Status> {
+    ) -> Result<(Started, Streams), Status> {
         let (stdio, streams) = self.streams(&options);
-        let request = wire::ExecProcessRequest {
-            container_id: id.into(),
-            exec_id: exec.into(),
-            process: serde_json::to_vec(&process).unwrap(),
-            stdio: Some(stdio),
-        };
-        let response = self.client().exec_process(request).await?.into_inner();
+        let request = exec_request(id, exec, &process, Some(stdio));
+        let started = first(self.client().exec_process(request).await?.into_inner()).await?;
         self.follow(id, exec, &streams);
-        Ok((response, streams))
+        Ok((started, streams))
     }
 
     pub(crate) async fn exec(&self, id: &str, exec: &str, process: Value) -> Result<Run, Status> {
@@ -475,11 +504,8 @@ impl Guest {
         process: Value,
         options: Options,
     ) -> Result<Streams, Status> {
-        let (response, streams) = self.try_exec(id, exec, process, options).await?;
-        match response.result {
-            Some(exec_process_response::Result::Pid(pid)) => assert!(pid > 1),
-            other => panic!("{other:?}"),
-        }
+        let (started, streams) = self.try_exec(id, exec, process, options).await?;
+        assert!(started.unwrap() > 1);
         Ok(streams)
     }
 
@@ -489,13 +515,10 @@ impl Guest {
         exec: &str,
         process: Value,
     ) -> wire::StartFailure {
-        match self.try_exec(id, exec, process, Options::default()).await.unwrap().0.result {
-            Some(exec_process_response::Result::Failure(failure)) => failure,
-            other => panic!("{other:?}"),
-        }
+        self.try_exec(id, exec, process, Options::default()).await.unwrap().0.unwrap_err()
     }
 
-    pub(crate) async fn wait(&self, id: &str, exec: &str) -> wire::WaitProcessResponse {
+    pub(crate) async fn wait(&self, id: &str, exec: &str) -> wire::ProcessExit {
         let request = wire::WaitProcessRequest { container_id: id.into(), exec_id: exec.into() };
         let mut client = self.client();
         let answer = tokio::time::timeout(LIMIT, client.wait_process(request)).await;

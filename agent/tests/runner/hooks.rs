@@ -54,8 +54,7 @@ async fn hooks_run_at_their_points_in_their_order_and_know_the_state() {
     let order = guest.volume().join("order");
     assert_eq!(std::fs::read_to_string(&order).unwrap(), "create 1\ncreate 2\n");
     std::fs::set_permissions(&order, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
-    let started = guest.client().start_container(crate::guest::start_id("a")).await.unwrap();
-    assert_eq!(started.into_inner().failure, None);
+    guest.try_start("a").await.unwrap().unwrap();
     let output = streams.rest().await;
     let output = output.strip_prefix("create 1\ncreate 2\nstart\n33\n").expect(&output);
     let states: Vec<Value> = serde_json::Deserializer::from_str(output)
@@ -95,7 +94,7 @@ async fn a_hook_that_fails_before_the_program_stops_the_container() {
     let guest = Guest::boot().await;
     let hooks = json!({"startContainer": [hook("exit 5")]});
     guest.create("a", with_hooks(&["echo", "never"], hooks), Options::default()).await;
-    let start = guest.client().start_container(crate::guest::start_id("a")).await.unwrap_err();
+    let start = guest.try_start("a").await.unwrap_err();
     assert!(start.message().contains("hooks.startContainer[0]"), "{start}");
     assert!(start.message().contains("exit code 5"), "{start}");
     assert_ne!(guest.wait("a", "").await.exit_code, 0);

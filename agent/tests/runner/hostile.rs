@@ -433,9 +433,8 @@ async fn a_document_of_absurd_size_is_refused_and_costs_a_bounded_memory() {
             (Fate::Made, Ok(Some(Pid(_)))) => guest.delete("a").await,
             (Fate::NotStarted(words), Ok(Some(Pid(_)))) => {
                 // It is the kernel that says so, when it is started.
-                let start = crate::guest::start_id("a");
-                let answer = guest.client().start_container(start).await.unwrap().into_inner();
-                let message = answer.failure.map(|failure| failure.message).unwrap_or_default();
+                let started = guest.try_start("a").await.unwrap();
+                let message = started.err().map(|failure| failure.message).unwrap_or_default();
                 if !message.contains(words) {
                     faults.0.push(format!("{place}: {message}"));
                 }

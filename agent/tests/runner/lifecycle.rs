@@ -111,11 +111,11 @@ async fn a_created_container_can_be_paused_and_is_created_again_when_resumed() {
     guest.create("a", base_spec(&["sh", "-c", "exit 4"]), Options::default()).await;
     pause(&guest, "a").await.unwrap();
     assert_eq!(state(&guest, "a").await, State::Paused);
-    let start = guest.client().start_container(guest::start_id("a")).await.unwrap_err();
+    let start = guest.try_start("a").await.unwrap_err();
     assert_eq!(start.code(), Code::FailedPrecondition);
     resume(&guest, "a").await.unwrap();
     assert_eq!(state(&guest, "a").await, State::Created);
-    guest.client().start_container(guest::start_id("a")).await.unwrap();
+    guest.try_start("a").await.unwrap().unwrap();
     assert_eq!(guest.wait("a", "").await.exit_code, 4);
 }
 

@@ -283,8 +283,7 @@ async fn an_update_changes_what_it_gives_and_nothing_else() {
     guest.create("a", spec.clone(), Options::default()).await;
     // While it is created, runs, and is paused.
     update(&guest, "a", json!({"pids": {"limit": 40}})).await.unwrap();
-    let start = crate::guest::start_id("a");
-    guest.client().start_container(start).await.unwrap();
+    guest.try_start("a").await.unwrap().unwrap();
     let names = ["memory.max", "memory.low", "cpu.max", "cpu.max.burst", "cpu.weight", "pids.max"];
     update(&guest, "a", json!({"memory": {"limit": 50_331_648}})).await.unwrap();
     update(&guest, "a", json!({"cpu": {"period": 200_000}})).await.unwrap();

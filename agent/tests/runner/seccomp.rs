@@ -130,8 +130,7 @@ async fn a_program_that_the_profile_does_not_let_start_fails_at_start() {
     let guest = Guest::boot().await;
     let spec = with_profile(&["true"], all_but("execve"));
     guest.create("a", spec, Options::default()).await;
-    let started = guest.client().start_container(crate::guest::start_id("a")).await.unwrap();
-    let failure = started.into_inner().failure.unwrap();
+    let failure = guest.try_start("a").await.unwrap().unwrap_err();
     assert_eq!(failure.exit_code, 126);
     assert!(failure.message.contains("exec /bin/true"), "{}", failure.message);
     assert!(guest.nothing_left("a"));

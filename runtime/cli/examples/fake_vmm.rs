@@ -18,6 +18,7 @@ use husk_proto::agent::agent_server::{Agent, AgentServer};
 use husk_proto::ports;
 use husk_vmm_api::{Channel, Event, Exit, FdIndex, Phase, Request as VmmRequest};
 use tokio::process::{Child, Command};
+use tokio::sync::watch;
 use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status};
 
@@ -33,8 +34,44 @@ struct Fake {
 
 struct Process {
     command: Option<Command>,
-    child: Option<Child>,
-    pid: Option<u32>,
+    running: Option<(u32, End)>,
+}
+
+/// The end of a process, once there is one.
+type End = watch::Receiver<Option<proto::ProcessExit>>;
+
+type Answers<T> = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
+
+/// Follows a process to its end.
+fn follow(mut child: Child) -> (u32, End) {
+    let pid = child.id().unwrap();
+    let (tell, end) = watch::channel(None);
+    tokio::spawn(async move {
+        let status = child.wait().await.unwrap();
+        let signal = status.signal().unwrap_or(0);
+        let since_epoch = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
+        tell.send_replace(Some(proto::ProcessExit {
+            exit_code: u32::try_from(status.code().unwrap_or(128 + signal)).unwrap(),
+            signal: u32::try_from(signal).unwrap(),
+            oom_killed: false,
+            exited_at_ns: u64::try_from(since_epoch.as_nanos()).unwrap(),
+            // It connects all of them.
+            unused_ports: Vec::new(),
+        }));
+    });
+    (pid, end)
+}
+
+async fn told(mut end: End) -> proto::ProcessExit {
+    end.wait_for(Option::is_some).await.unwrap().clone().unwrap()
+}
+
+/// What becomes of a process.
+fn events((pid, end): (u32, End)) -> Answers<proto::ProcessEvent> {
+    use proto::process_event::Event::{Exited, Started};
+    let event = |event| Ok(proto::ProcessEvent { event: Some(event) });
+    let exit = tokio_stream::once(end).then(|end| async { Exited(told(end).await) });
+    Box::pin(tokio_stream::once(Started(pid)).chain(exit).map(event))
 }
 
 fn now() -> u64 {
@@ -71,31 +108,18 @@ impl Fake {
         command
     }
 
-    /// The process ID of a container's process, or of one beside it.
-    fn pid(&self, container: String, exec: String) -> Result<u32, Status> {
-        let pid = if exec.is_empty() {
-            self.containers.lock().unwrap().get(&container).and_then(|process| process.pid)
+    /// The process of a container, or one beside it: its process ID, and its end.
+    fn running(&self, container: String, exec: String) -> Result<(u32, End), Status> {
+        let running = if exec.is_empty() {
+            self.containers.lock().unwrap().get(&container).and_then(|one| one.running.clone())
         } else {
-            self.execs.lock().unwrap().get(&(container, exec)).and_then(|process| process.pid)
+            self.execs.lock().unwrap().get(&(container, exec)).and_then(|one| one.running.clone())
         };
-        pid.ok_or_else(|| Status::not_found("no such process"))
+        running.ok_or_else(|| Status::not_found("no such process"))
     }
 
-    /// The process of a container or an exec, whose end may be asked for before it has begun. Who
-    /// asks gives up if it does not.
-    async fn begun(&self, id: String, exec: String) -> Child {
-        let name = (id, exec);
-        loop {
-            let child = if name.1.is_empty() {
-                self.containers.lock().unwrap().get_mut(&name.0).unwrap().child.take()
-            } else {
-                self.execs.lock().unwrap().get_mut(&name).and_then(|process| process.child.take())
-            };
-            if let Some(child) = child {
-                return child;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-        }
+    fn pid(&self, container: String, exec: String) -> Result<u32, Status> {
+        Ok(self.running(container, exec)?.0)
     }
 
     async fn kill(&self, pid: u32, signal: &str) {
@@ -149,65 +173,54 @@ impl Agent for Fake {
             _ => {}
         }
         let command = self.command(&spec["process"], request.stdio.unwrap());
-        let container = Process { command: Some(command), child: None, pid: None };
+        let container = Process { command: Some(command), running: None };
         self.containers.lock().unwrap().insert(request.id, container);
         Ok(Response::new(proto::CreateContainerResponse { result: Some(Pid(1)) }))
     }
 
+    type StartContainerStream = Answers<proto::ProcessEvent>;
+
     async fn start_container(
         &self,
         request: Request<proto::StartContainerRequest>,
-    ) -> Answer<proto::StartContainerResponse> {
+    ) -> Answer<Self::StartContainerStream> {
         let mut containers = self.containers.lock().unwrap();
         let container = containers.get_mut(&request.into_inner().id).unwrap();
-        let child = container.command.take().unwrap().spawn().unwrap();
-        container.pid = child.id();
-        container.child = Some(child);
-        Ok(Response::new(proto::StartContainerResponse { failure: None }))
+        let running = follow(container.command.take().unwrap().spawn().unwrap());
+        container.running = Some(running.clone());
+        Ok(Response::new(events(running)))
     }
+
+    type ExecProcessStream = Answers<proto::ProcessEvent>;
 
     async fn exec_process(
         &self,
         request: Request<proto::ExecProcessRequest>,
-    ) -> Answer<proto::ExecProcessResponse> {
-        use proto::exec_process_response::Result::{Failure, Pid};
+    ) -> Answer<Self::ExecProcessStream> {
+        use proto::process_event::Event::Failure;
         let request = request.into_inner();
         self.pid(request.container_id.clone(), String::new())?;
         let process: serde_json::Value = serde_json::from_slice(&request.process).unwrap();
         let mut command = self.command(&process, request.stdio.unwrap());
-        let result = match command.spawn() {
-            Ok(child) => {
-                let pid = child.id();
-                let process = Process { command: None, child: Some(child), pid };
-                self.execs.lock().unwrap().insert((request.container_id, request.exec_id), process);
-                Pid(pid.unwrap())
-            }
-            Err(_) => {
-                let message =
-                    format!("exec: {}: executable file not found in $PATH", process["args"][0]);
-                Failure(proto::StartFailure { exit_code: 127, message })
-            }
+        let Ok(child) = command.spawn() else {
+            let message =
+                format!("exec: {}: executable file not found in $PATH", process["args"][0]);
+            let failure = Failure(proto::StartFailure { exit_code: 127, message });
+            let event = proto::ProcessEvent { event: Some(failure) };
+            return Ok(Response::new(Box::pin(tokio_stream::once(Ok(event)))));
         };
-        Ok(Response::new(proto::ExecProcessResponse { result: Some(result) }))
+        let running = follow(child);
+        let exec = Process { command: None, running: Some(running.clone()) };
+        self.execs.lock().unwrap().insert((request.container_id, request.exec_id), exec);
+        Ok(Response::new(events(running)))
     }
 
     async fn wait_process(
         &self,
         request: Request<proto::WaitProcessRequest>,
-    ) -> Answer<proto::WaitProcessResponse> {
+    ) -> Answer<proto::ProcessExit> {
         let proto::WaitProcessRequest { container_id: id, exec_id: exec } = request.into_inner();
-        let status = self.begun(id, exec).await.wait().await.unwrap();
-        let signal = status.signal().unwrap_or(0);
-        let exit_code = u32::try_from(status.code().unwrap_or(128 + signal)).unwrap();
-        let since_epoch = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
-        Ok(Response::new(proto::WaitProcessResponse {
-            exit_code,
-            signal: u32::try_from(signal).unwrap(),
-            oom_killed: false,
-            exited_at_ns: u64::try_from(since_epoch.as_nanos()).unwrap(),
-            // It connects all of them.
-            unused_ports: Vec::new(),
-        }))
+        Ok(Response::new(told(self.running(id, exec)?.1).await))
     }
 
     async fn signal_process(
@@ -313,9 +326,7 @@ impl Agent for Fake {
         Ok(Response::new(proto::ListProcessesResponse { processes: vec![process] }))
     }
 
-    type KernelLogStream = std::pin::Pin<
-        Box<dyn tokio_stream::Stream<Item = Result<proto::KernelLogRecords, Status>> + Send>,
-    >;
+    type KernelLogStream = Answers<proto::KernelLogRecords>;
 
     async fn kernel_log(
         &self,

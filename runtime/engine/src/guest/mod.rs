@@ -209,7 +209,7 @@ impl Guest {
 
 /// Makes the request `$rpc` by the generated method `$method`.
 macro_rules! call {
-    ($guest:expr, $method:ident, $rpc:literal, $request:expr) => {
+    ($guest:expr, $method:ident, $rpc:expr, $request:expr) => {
         // A clone of the client is a handle of the same connection.
         match $guest.client.clone().$method($request).await {
             Ok(response) => Ok(response.into_inner()),

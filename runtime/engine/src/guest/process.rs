@@ -1,14 +1,14 @@
 //! Starting programs in the guest, and how they end.
 //!
-//! Whoever starts a program waits for its end next. So that this costs no second journey to the
-//! guest and back, the question for the end goes out right behind the request to start: the agent
-//! answers it when there is an end to tell. The answer is taken when it comes, whether or not anybody
-//! waits for it then: it also says which of the outputs will never come.
+//! One call does both: the agent's answers to it are that the program runs, and at some time that it
+//! has ended. The second is taken when it comes, whether or not anybody waits for it then: it also
+//! says which of the outputs will never come.
 
-use std::pin::Pin;
 use std::time::{Duration, SystemTime};
 
-use husk_proto::agent::{self as proto, exec_process_response};
+use husk_proto::agent as proto;
+use husk_proto::agent::process_event::Event;
+use tonic::Streaming;
 
 use super::{Guest, GuestError, StartFailure, start_failure};
 use crate::task::Task;
@@ -26,92 +26,50 @@ pub struct ProcessExit {
     pub at: SystemTime,
 }
 
-type Answer = Pin<Box<dyn Future<Output = Result<ProcessExit, GuestError>> + Send>>;
-
 /// The end of a process that has been started.
 pub struct ProcessEnd {
     guest: Guest,
     container: String,
     /// `None` for the container's own process.
     exec: Option<String>,
-    /// To the question that went out with the start; `None` once it has been told.
-    answer: Option<Answer>,
+    /// What its starter is told; `None` once it has been.
+    coming: Option<Task<Result<ProcessExit, GuestError>>>,
 }
 
 impl std::fmt::Debug for ProcessEnd {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let ProcessEnd { guest: _, container, exec, answer } = self;
+        let ProcessEnd { guest: _, container, exec, coming } = self;
         f.debug_struct("ProcessEnd")
             .field("container", container)
             .field("exec", exec)
-            .field("told", &answer.is_none())
+            .field("told", &coming.is_none())
             .finish()
     }
 }
 
 impl ProcessEnd {
-    fn new(guest: &Guest, container: &str, exec: Option<&str>) -> ProcessEnd {
-        let (container, exec) = (container.to_owned(), exec.map(str::to_owned));
-        let mut end = ProcessEnd { guest: guest.clone(), container, exec, answer: None };
-        end.answer = Some(end.ask());
-        end
-    }
-
-    fn ask(&self) -> Answer {
-        let (guest, container, exec) =
-            (self.guest.clone(), self.container.clone(), self.exec.clone());
-        Box::pin(async move { guest.wait_process(&container, exec.as_deref()).await })
-    }
-
     /// Waits for it. May be given up, and be called again, also after the end.
     ///
     /// # Errors
     /// [`GuestError`].
     pub async fn wait(&mut self) -> Result<ProcessExit, GuestError> {
-        let answer = match self.answer.take() {
-            Some(answer) => answer,
-            None => self.ask(),
+        let exit = match &mut self.coming {
+            Some(coming) => coming.await.unwrap_or_else(|_| {
+                let (rpc, what) = (WAIT, "whoever listened to it was cut off");
+                Err(GuestError::Nonsense { rpc, what })
+            }),
+            None => self.guest.wait_process(&self.container, self.exec.as_deref()).await,
         };
-        let exit = self.answer.insert(answer).await;
-        self.answer = None;
+        self.coming = None;
         exit
     }
-
-    /// Waits for the end that comes before, or while, `start` does: the two requests are made in
-    /// this order, and at once.
-    async fn behind<T>(
-        mut self,
-        start: impl Future<Output = Result<Result<T, StartFailure>, GuestError>>,
-    ) -> Result<Result<(T, ProcessEnd), StartFailure>, GuestError> {
-        let mut start = std::pin::pin!(start);
-        let started = tokio::select! {
-            biased;
-            started = &mut start => started,
-            end = self.wait() => {
-                let started = start.await;
-                self.answer = match end {
-                    // It came before the process had its name: to be asked again.
-                    Err(GuestError::Refused { .. }) => None,
-                    end => Some(Box::pin(std::future::ready(end))),
-                };
-                started
-            }
-        };
-        Ok(started?.map(|started| {
-            self.answer = self.answer.take().map(go_on);
-            (started, self)
-        }))
-    }
 }
 
-/// Has a question be asked to its end whether or not it is waited for.
-fn go_on(answer: Answer) -> Answer {
-    let task = Task::spawn(answer);
-    Box::pin(async move {
-        let cut_off = GuestError::Nonsense { rpc: "WaitProcess", what: "the call was cut off" };
-        task.await.unwrap_or(Err(cut_off))
-    })
-}
+type Events = Streaming<proto::ProcessEvent>;
+
+const START: &str = "StartContainer";
+const EXEC: &str = "ExecProcess";
+const WAIT: &str = "WaitProcess";
 
 impl Guest {
     /// Starts the program of a created container. Returns what tells its end.
@@ -123,16 +81,8 @@ impl Guest {
         id: &str,
     ) -> Result<Result<ProcessEnd, StartFailure>, GuestError> {
         let request = proto::StartContainerRequest { id: id.to_owned() };
-        let start = async {
-            let proto::StartContainerResponse { failure } =
-                call!(self, start_container, "StartContainer", request)?;
-            match failure {
-                None => Ok(Ok(())),
-                Some(failure) => start_failure("StartContainer", failure).map(Err),
-            }
-        };
-        let started = ProcessEnd::new(self, id, None).behind(start).await?;
-        Ok(started.map(|((), end)| end))
+        let events = call!(self, start_container, START, request)?;
+        self.started(START, events, id, None).await
     }
 
     /// Runs one more process in a running container. Returns what tells its end.
@@ -146,24 +96,72 @@ impl Guest {
         process: Vec<u8>,
         stdio: proto::Stdio,
     ) -> Result<Result<ProcessEnd, StartFailure>, GuestError> {
-        use exec_process_response::Result::{Failure, Pid};
         let request = proto::ExecProcessRequest {
             container_id: container.to_owned(),
             exec_id: exec.to_owned(),
             process,
             stdio: Some(stdio),
         };
-        let start = async {
-            let proto::ExecProcessResponse { result } =
-                call!(self, exec_process, "ExecProcess", request)?;
-            match result {
-                Some(Pid(_)) => Ok(Ok(())),
-                Some(Failure(failure)) => start_failure("ExecProcess", failure).map(Err),
-                None => Err(GuestError::Nonsense { rpc: "ExecProcess", what: "it is empty" }),
+        let events = call!(self, exec_process, EXEC, request)?;
+        self.started(EXEC, events, container, Some(exec)).await
+    }
+
+    /// Takes the first of the events that a process has, and has the last be listened for.
+    async fn started(
+        &self,
+        rpc: &'static str,
+        mut events: Events,
+        container: &str,
+        exec: Option<&str>,
+    ) -> Result<Result<ProcessEnd, StartFailure>, GuestError> {
+        match self.event(rpc, &mut events).await? {
+            Event::Started(_) => {}
+            Event::Failure(failure) => {
+                self.no_more(rpc, &mut events).await?;
+                return start_failure(rpc, failure).map(Err);
             }
-        };
-        let started = ProcessEnd::new(self, container, Some(exec)).behind(start).await?;
-        Ok(started.map(|((), end)| end))
+            Event::Exited(_) => {
+                return Err(GuestError::Nonsense { rpc, what: "an end without a start" });
+            }
+        }
+        let guest = self.clone();
+        let coming = Task::spawn(async move {
+            match guest.event(rpc, &mut events).await? {
+                Event::Exited(exit) => {
+                    let exit = guest.exit(rpc, exit);
+                    guest.no_more(rpc, &mut events).await?;
+                    exit
+                }
+                Event::Started(_) | Event::Failure(_) => {
+                    Err(GuestError::Nonsense { rpc, what: "a second start" })
+                }
+            }
+        });
+        Ok(Ok(ProcessEnd {
+            guest: self.clone(),
+            container: container.to_owned(),
+            exec: exec.map(str::to_owned),
+            coming: Some(coming),
+        }))
+    }
+
+    async fn event(&self, rpc: &'static str, events: &mut Events) -> Result<Event, GuestError> {
+        match events.message().await {
+            Ok(Some(proto::ProcessEvent { event: Some(event) })) => Ok(event),
+            Ok(Some(_)) => Err(GuestError::Nonsense { rpc, what: "an event is empty" }),
+            Ok(None) => Err(GuestError::Nonsense { rpc, what: "it ends too early" }),
+            Err(status) => Err(self.failed(rpc, status).await),
+        }
+    }
+
+    /// Reads to the end of the answers, which comes with the last: to give them up before would cost
+    /// the guest a message.
+    async fn no_more(&self, rpc: &'static str, events: &mut Events) -> Result<(), GuestError> {
+        match events.message().await {
+            Ok(None) => Ok(()),
+            Ok(Some(_)) => Err(GuestError::Nonsense { rpc, what: "it goes on after the end" }),
+            Err(status) => Err(self.failed(rpc, status).await),
+        }
     }
 
     /// Waits for the end of a container's process, or of one that was started in it (`exec`).
@@ -179,14 +177,14 @@ impl Guest {
             container_id: container.to_owned(),
             exec_id: exec.unwrap_or_default().to_owned(),
         };
-        let proto::WaitProcessResponse {
-            exit_code,
-            signal,
-            oom_killed,
-            exited_at_ns,
-            unused_ports,
-        } = call!(self, wait_process, "WaitProcess", request)?;
-        let nonsense = |what| GuestError::Nonsense { rpc: "WaitProcess", what };
+        let exit = call!(self, wait_process, WAIT, request)?;
+        self.exit(WAIT, exit)
+    }
+
+    /// Checks what is told of a process's end, and expects no output any more that will not come.
+    fn exit(&self, rpc: &'static str, exit: proto::ProcessExit) -> Result<ProcessExit, GuestError> {
+        let proto::ProcessExit { exit_code, signal, oom_killed, exited_at_ns, unused_ports } = exit;
+        let nonsense = |what| GuestError::Nonsense { rpc, what };
         // Standard output and standard error.
         if unused_ports.len() > 2 {
             return Err(nonsense("more than two outputs without a connection"));
