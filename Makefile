@@ -26,12 +26,12 @@ help: ## List the commands
 
 .PHONY: tools
 tools: # Debian packages that building and testing on this machine need
-	@scripts/need-packages gcc libc6-dev make e2fsprogs erofs-utils binutils docker-registry
+	@scripts/need-packages gcc libc6-dev make e2fsprogs erofs-utils binutils docker-registry libcap-ng-dev
 
 .PHONY: build
 build: tools ## Build everything that is installed, into target/husk
-	$(call say,husk)
-	$(CARGO) build --locked --release -p husk
+	$(call say,husk and husk-fs)
+	$(CARGO) build --locked --release -p husk -p husk-fs
 	$(call say,husk-vmm and husk-agent; static)
 	$(STATIC) --release -p husk-vmm
 	$(STATIC) --profile guest -p husk-agent
@@ -41,7 +41,8 @@ build: tools ## Build everything that is installed, into target/husk
 	mv $(TREE)/share/vmlinux.new $(TREE)/share/vmlinux
 	$(call say,initramfs)
 	scripts/make-initramfs target/$(TRIPLE)/guest/husk-agent $(TREE)/share/initramfs.cpio
-	install -m 0755 target/release/husk target/$(TRIPLE)/release/husk-vmm $(TREE)/bin/
+	install -m 0755 target/release/husk target/release/husk-fs $(TREE)/bin/
+	install -m 0755 target/$(TRIPLE)/release/husk-vmm $(TREE)/bin/
 
 .PHONY: harness
 harness: tools
@@ -60,6 +61,8 @@ demo: build images ## Run examples/web.yaml in a microVM, here if KVM works, els
 
 .PHONY: test
 test: build images ## Run all tests: unit tests here, everything else in the test host
+	$(call say,the table of POSIX cases for guests; static)
+	$(STATIC) --release -p husk-test-files
 	$(call say,unit and property tests)
 	$(CARGO) test --locked --workspace --exclude husk-cases
 	$(call say,guest kernel configuration)

@@ -36,6 +36,14 @@ const CONSOLE: (u32, u32) = (5, 1);
 /// # Errors
 /// There is no busybox, or no temporary file can be made.
 pub fn of(script: &str) -> Result<File> {
+    with_programs(script, &[])
+}
+
+/// The same, with programs that need no libraries, in `/bin`.
+///
+/// # Errors
+/// As [`of`]; or a program cannot be read.
+pub fn with_programs(script: &str, programs: &[&Path]) -> Result<File> {
     let busybox = std::fs::read(Path::new(BUSYBOX))
         .with_context(|| format!("cannot read {BUSYBOX}; install busybox-static"))?;
     let mut archive = Archive(Vec::new());
@@ -44,6 +52,12 @@ pub fn of(script: &str) -> Result<File> {
     }
     archive.entry("dev/console", CHARACTER_DEVICE, &[], CONSOLE);
     archive.entry("bin/busybox", PROGRAM, &busybox, (0, 0));
+    for program in programs {
+        let name = program.file_name().context("a program without a name")?.to_string_lossy();
+        let bytes =
+            std::fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
+        archive.entry(&format!("bin/{name}"), PROGRAM, &bytes, (0, 0));
+    }
     let script = format!("{PRELUDE}{script}{EPILOGUE}");
     archive.entry("init", PROGRAM, script.as_bytes(), (0, 0));
     archive.entry("TRAILER!!!", 0, &[], (0, 0));

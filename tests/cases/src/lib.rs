@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod background;
+pub mod files;
 pub mod initramfs;
 pub mod kernel;
 pub mod place;
