@@ -2,8 +2,8 @@
 //!
 //! [`plan`] reads what is told, [`Network`] applies it by netlink ([`husk_netlink`]), in this order:
 //! interfaces with their addresses come up, then what is directly reached, then what is reached by
-//! way of that. What was told before, and is not told any more, is taken back; what containers have
-//! made is never touched.
+//! way of that. What was told before, and is not told any more, is taken back, and an interface goes
+//! down; what containers have made is never touched.
 
 mod plan;
 
@@ -47,6 +47,8 @@ pub(crate) enum NetError {
 /// What has been told and applied, with the guest's own numbers of interfaces.
 #[derive(Debug, Default)]
 struct Applied {
+    /// All but the loopback interface.
+    links: Vec<u32>,
     addresses: Vec<Address>,
     routes: Vec<Route>,
     neighbours: Vec<Neighbour>,
@@ -146,7 +148,9 @@ impl Applied {
         };
         let Plan { interfaces, routes, neighbours } = plan;
         let addresses = interfaces.iter().flat_map(|planned| &planned.addresses);
+        let outer = interfaces.iter().zip(links).filter(|(planned, _)| planned.mac.is_some());
         Applied {
+            links: outer.map(|(_, link)| *link).collect(),
             addresses: addresses
                 .map(|address| Address { link: number(address.link), ..address.clone() })
                 .collect(),
@@ -185,6 +189,11 @@ impl Applied {
         for old in self.addresses.iter().filter(|old| !wanted.addresses.contains(old)) {
             let what = format!("remove {}", show_address(old));
             gone(address::remove(socket, old)).map_err(failed(everywhere, what))?;
+        }
+        for old in self.links.iter().filter(|old| !wanted.links.contains(old)) {
+            let what = format!("bring the interface {old} down");
+            let down = link::set_flags(socket, *old, 0, link::UP);
+            gone(down).map_err(failed(everywhere, what))?;
         }
         Ok(())
     }

@@ -136,6 +136,15 @@ async fn what_is_not_told_any_more_goes_and_what_others_made_stays() {
     );
     assert!(!routes.contains("10.0.0.1 ") && !routes.contains("blackhole"), "{routes}");
     assert_eq!(ip(&guest, "neigh show nud permanent"), "");
+
+    let mut fewer = request();
+    fewer.interfaces.pop();
+    guest.client().update_network(fewer).await.unwrap();
+    assert!(!ip(&guest, "-o link show dev net1").contains("UP"));
+    assert!(!ip(&guest, "-o addr show dev net1").contains("10.1.0.2"));
+    guest.client().update_network(request()).await.unwrap();
+    assert!(ip(&guest, "-o link show dev net1").contains("UP"));
+    assert!(ip(&guest, "-o addr show dev net1").contains("10.1.0.2"));
 }
 
 #[tokio::test]

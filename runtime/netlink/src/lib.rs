@@ -2,7 +2,7 @@
 //!
 //! What it is for: links, addresses, routes and neighbours as plain values that are read from one
 //! kernel and set in another ([`link`], [`address`], [`route`], [`neighbour`]), and the redirection of
-//! everything that arrives on one interface to another ([`redirect`]). What it is not for: deciding
+//! everything that arrives on one interface to another ([`redirect`]); notice of changes ([`watch`]). What it is not for: deciding
 //! what of that is wanted.
 //!
 //! It is synchronous, because a socket belongs to the network namespace of the thread that opened
@@ -23,6 +23,7 @@ pub mod neighbour;
 pub mod redirect;
 pub mod route;
 mod socket;
+pub mod watch;
 pub mod wire;
 
 pub use socket::{NetlinkError, Socket};

@@ -11,6 +11,7 @@
 //! The interface keeps its addresses (docs/adr/0020): what arrives is redirected before the
 //! namespace's own IP sees it, which therefore never answers for them.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 
@@ -28,6 +29,9 @@ const TAP: &str = "husk-tap";
 
 /// Most interfaces of a pod. Each is a device of the virtual machine.
 pub const MAX_INTERFACES: usize = 8;
+
+/// Most things that are said once of one pod's network.
+const MAX_SAID: usize = 256;
 
 /// `RTN_UNICAST`, and those that say that there is no way: blackhole, unreachable, prohibit, throw.
 const CARRIED_KINDS: [u8; 5] = [1, 6, 7, 8, 9];
@@ -146,7 +150,8 @@ pub struct Joined {
 pub fn join(netns: &Netns, queue_pairs: usize) -> Result<Joined, JoinError> {
     netns.enter(|| {
         let mut socket = open()?;
-        let snapshot = read(&mut socket)?;
+        let links = links_to_join(&mut socket)?;
+        let snapshot = collect(&mut socket, links, &mut Once::default())?;
         let mut nics = Vec::new();
         for interface in &snapshot.interfaces {
             let Link { name, mac, mtu, .. } = &interface.link;
@@ -181,15 +186,36 @@ fn open() -> Result<Socket, JoinError> {
     Socket::open().map_err(|source| JoinError::Read("interfaces", source))
 }
 
-fn on(step: &'static str, link: &Link) -> impl FnOnce(NetlinkError) -> JoinError {
+pub(crate) fn on(step: &'static str, link: &Link) -> impl FnOnce(NetlinkError) -> JoinError {
     let interface = link.name.clone();
     move |source| JoinError::Interface { step, interface, source }
 }
 
 /// Whether an interface is one of the pod's: of those that lie in every namespace (tunnels that the
 /// kernel makes) none is up.
-fn is_joined(link: &Link) -> bool {
+pub(crate) fn is_joined(link: &Link) -> bool {
     link.flags & link::UP != 0 && link.flags & link::LOOPBACK == 0 && !link.name.starts_with(TAP)
+}
+
+/// Whether the guest is told of an interface: of the pod's, and of its own loopback interface.
+pub(crate) fn is_told(link: &Link) -> bool {
+    link.flags & link::LOOPBACK != 0 || is_joined(link)
+}
+
+/// Name of an interface's tap.
+pub(crate) fn tap_name(link: &Link) -> String {
+    format!("{TAP}{}", link.index)
+}
+
+/// Remembers what was said, so that it is said once.
+#[derive(Debug, Default)]
+pub(crate) struct Once(BTreeSet<String>);
+
+impl Once {
+    /// Whether this is to be said. Nothing is any more when much has been.
+    pub(crate) fn is_new(&mut self, what: String) -> bool {
+        self.0.len() < MAX_SAID && self.0.insert(what)
+    }
 }
 
 fn join_one(
@@ -197,7 +223,7 @@ fn join_one(
     link: &Link,
     queue_pairs: usize,
 ) -> Result<Vec<OwnedFd>, JoinError> {
-    let name = format!("{TAP}{}", link.index);
+    let name = tap_name(link);
     let pairs = queue_pairs.max(1);
     let taps: Vec<OwnedFd> = (0..pairs)
         .map(|_| sys::open_tap(&name, pairs > 1))
@@ -219,37 +245,42 @@ fn join_one(
     Ok(taps)
 }
 
-/// Reads what has to be carried into the guest.
-fn read(socket: &mut Socket) -> Result<Snapshot, JoinError> {
+/// The interfaces that the guest is to have.
+fn links_to_join(socket: &mut Socket) -> Result<Vec<Link>, JoinError> {
     let all = link::list(socket).map_err(|e| JoinError::Read("interfaces", e))?;
     let mut links: Vec<Link> = Vec::new();
-    for link in all {
-        if link.flags & link::LOOPBACK != 0 {
-            links.push(link);
-        } else if is_joined(&link) {
+    for link in all.into_iter().filter(is_told) {
+        if is_joined(&link) {
             check(&link, &links)?;
-            links.push(link);
         }
+        links.push(link);
     }
     let joined = links.iter().filter(|link| is_joined(link)).count();
     if joined > MAX_INTERFACES {
         return Err(JoinError::TooMany(joined));
     }
+    Ok(links)
+}
+
+/// Reads what has to be carried into a guest that has these interfaces.
+pub(crate) fn collect(
+    socket: &mut Socket,
+    links: Vec<Link>,
+    once: &mut Once,
+) -> Result<Snapshot, JoinError> {
     let addresses = address::list(socket).map_err(|e| JoinError::Read("addresses", e))?;
     let routes = route::list(socket).map_err(|e| JoinError::Read("routes", e))?;
     let neighbours = neighbour::list(socket).map_err(|e| JoinError::Read("neighbours", e))?;
     let known = |index: u32| links.iter().any(|link| link.index == index && is_joined(link));
-    let routes = routes.into_iter().filter(|route| is_carried(route, &links)).collect();
+    let routes = routes.into_iter().filter(|route| is_carried(route, &links, once)).collect();
     let neighbours = neighbours.into_iter().filter(|n| known(n.link)).collect();
-    let interfaces = links.iter().map(|link| Interface {
-        link: link.clone(),
-        addresses: addresses
-            .iter()
-            .filter(|address| address.link == link.index && is_given(address, link))
-            .cloned()
-            .collect(),
-    });
-    Ok(Snapshot { interfaces: interfaces.collect(), routes, neighbours })
+    let mut interfaces = Vec::new();
+    for link in &links {
+        let own = addresses.iter().filter(|address| address.link == link.index);
+        let given = own.filter(|address| is_given(address, link, once)).cloned().collect();
+        interfaces.push(Interface { link: link.clone(), addresses: given });
+    }
+    Ok(Snapshot { interfaces, routes, neighbours })
 }
 
 /// Whether an interface can be one of a virtual machine, beside those before it.
@@ -265,7 +296,7 @@ fn check(link: &Link, before: &[Link]) -> Result<(), JoinError> {
 }
 
 /// Whether somebody gave the interface this address: the guest's kernel makes the others itself.
-fn is_given(address: &Address, link: &Link) -> bool {
+fn is_given(address: &Address, link: &Link, once: &mut Once) -> bool {
     if address.ip.is_loopback() && link.flags & link::LOOPBACK != 0 {
         return false;
     }
@@ -274,7 +305,9 @@ fn is_given(address: &Address, link: &Link) -> bool {
         return false;
     }
     if address.flags & address::DAD_FAILED != 0 {
-        tracing::warn!(address = %address.ip, interface = link.name, "another host has it");
+        if once.is_new(format!("address {}", address.ip)) {
+            tracing::warn!(address = %address.ip, interface = link.name, "another host has it");
+        }
         return false;
     }
     link.mac.is_none_or(|mac| address.ip != link_local(mac))
@@ -286,7 +319,7 @@ fn link_local([a, b, c, d, e, f]: Mac) -> IpAddr {
 }
 
 /// Whether a route is to be the same in the guest.
-fn is_carried(route: &Route, links: &[Link]) -> bool {
+fn is_carried(route: &Route, links: &[Link], once: &mut Once) -> bool {
     let of_kernel = route.protocol == route::BY_KERNEL && is_link_local(route.destination);
     if route.table != route::TABLE_MAIN
         || !CARRIED_KINDS.contains(&route.kind)
@@ -297,8 +330,8 @@ fn is_carried(route: &Route, links: &[Link]) -> bool {
     }
     let known = |index: u32| links.iter().any(|link| link.index == index);
     let carried = route.hops.iter().all(|hop| known(hop.link));
-    if !carried {
-        let destination = format!("{}/{}", route.destination, route.prefix_len);
+    let destination = format!("{}/{}", route.destination, route.prefix_len);
+    if !carried && once.is_new(format!("route {destination}")) {
         tracing::warn!(
             destination,
             "a route by an interface that the pod does not have is left out"
@@ -362,7 +395,7 @@ mod tests {
             ("fe80::11:22ff:fe33:4455", address::PERMANENT, false),
             ("fe80::1", address::PERMANENT, true),
         ] {
-            assert_eq!(is_given(&address(ip, flags), &link), carried, "{ip}");
+            assert_eq!(is_given(&address(ip, flags), &link, &mut Once::default()), carried, "{ip}");
         }
     }
 }

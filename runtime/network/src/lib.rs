@@ -5,6 +5,7 @@
 //! - [`cni`]: the plugins that put interfaces into it, and take them out again;
 //! - [`join`](mod@join): the way of every such interface into the virtual machine, a tap, and what has
 //!   to be told to the guest about it;
+//! - [`follow`]: what changes later;
 //! - [`localhost`]: the TCP connections to the namespace's loopback addresses, for the guest's servers;
 //! - [`pod`]: all of it for one pod, with a record on disk, so that it is taken back after a crash.
 //!
@@ -18,6 +19,7 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::indexing_slicing))]
 
 pub mod cni;
+pub mod follow;
 pub mod join;
 pub mod localhost;
 mod lookup;

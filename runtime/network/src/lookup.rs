@@ -163,8 +163,16 @@ fn link(steps: &[Step]) -> Vec<Instruction> {
 
 /// The redirection of a namespace; it ends when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Lookup {
-    _link: OwnedFd,
+pub(crate) struct Lookup(OwnedFd);
+
+impl Drop for Lookup {
+    fn drop(&mut self) {
+        // It ends with its last descriptor as well, but that can be for a moment that of a process
+        // which is being started.
+        if let Err(error) = sys::end_link(self.0.as_fd()) {
+            tracing::debug!(%error, "a redirection ends by itself");
+        }
+    }
 }
 
 /// Sends TCP connections to 127.0.0.0/8 and ::1 in a network namespace to these sockets, which listen
@@ -184,7 +192,7 @@ pub(crate) fn redirect(
     }
     // The program keeps the map, and the link the program.
     let program = sys::load_lookup_program(program, map.as_fd())?;
-    Ok(Lookup { _link: sys::link_lookup_program(program.as_fd(), netns)? })
+    Ok(Lookup(sys::link_lookup_program(program.as_fd(), netns)?))
 }
 
 #[cfg(test)]

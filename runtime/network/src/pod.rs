@@ -113,8 +113,8 @@ pub struct Request {
 /// A pod's network.
 #[derive(Debug)]
 pub struct Attached {
-    /// Path of its network namespace.
-    pub netns: PathBuf,
+    /// Its network namespace.
+    pub netns: Netns,
     /// The pod's addresses, its own one first.
     pub addresses: Vec<IpAddr>,
     /// The way into the virtual machine.
@@ -261,7 +261,7 @@ impl PodNetwork {
         let joined = join::join(&netns, request.queue_pairs)?;
         let addresses = if added.is_empty() { joined.snapshot.pod_addresses() } else { added };
         let localhost = Localhost::take(&netns);
-        Ok(Attached { netns: netns.path().to_owned(), addresses, joined, localhost })
+        Ok(Attached { netns, addresses, joined, localhost })
     }
 
     /// Makes a namespace, and has plugins make an interface in it.

@@ -59,6 +59,7 @@ const MAP_CREATE: libc::c_int = 0;
 const MAP_UPDATE: libc::c_int = 2;
 const PROGRAM_LOAD: libc::c_int = 5;
 const LINK_CREATE: libc::c_int = 28;
+const LINK_DETACH: libc::c_int = 34;
 const MAP_OF_SOCKETS: u32 = 15;
 const PROGRAM_SK_LOOKUP: u32 = 30;
 const ATTACH_SK_LOOKUP: u32 = 36;
@@ -192,4 +193,15 @@ pub(crate) fn link_lookup_program(
     let create = Create { program, target, attach: ATTACH_SK_LOOKUP, flags: 0 };
     // SAFETY: there are no addresses in it; the result is a new descriptor.
     unsafe { owned(bpf(LINK_CREATE, &create)?) }
+}
+
+/// Ends what such a link does, at once.
+pub(crate) fn end_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Detach {
+        link: u32,
+    }
+    let detach = Detach { link: number(link)? };
+    // SAFETY: there are no addresses in it.
+    unsafe { bpf(LINK_DETACH, &detach) }.map(drop)
 }

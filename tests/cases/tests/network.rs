@@ -341,6 +341,57 @@ fn three_interfaces_of_a_namespace_that_is_there_are_the_guests() -> Result<()> 
 }
 
 #[test]
+fn a_guest_follows_what_changes_in_the_namespace() -> Result<()> {
+    let place = Place::new("follow")?;
+    run("ip", "netns add hkfollow")?;
+    let _namespace = Namespace("hkfollow");
+    run("ip", "link add hkfollow mtu 1400 type veth peer name eth0 netns hkfollow")?;
+    run("ip", "addr add 10.199.24.1/24 dev hkfollow")?;
+    run("ip", "link set hkfollow up")?;
+    let inside = |args: &str| run("ip", &format!("-n hkfollow {args}"));
+    inside("addr add 10.199.24.2/24 dev eth0")?;
+    inside("link set eth0 mtu 1400 up")?;
+    inside("route add default via 10.199.24.1")?;
+    let pod = place.up("/run/netns/hkfollow", "pod", SERVER, "")?;
+    let until = |script: &str, shall: &dyn Fn(&str) -> bool| {
+        let mut seen = String::new();
+        for _ in 0..PATIENCE {
+            seen = pod.exec(script)?;
+            if shall(&seen) {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("{script}: {seen}")
+    };
+
+    inside("addr add 10.199.25.2/24 dev eth0")?;
+    run("ip", "addr add 10.199.25.1/24 dev hkfollow")?;
+    get(SocketAddr::from(([10, 199, 25, 2], 80)))?;
+    inside("addr add fd00:199:24::2/64 dev eth0 nodad")?;
+    inside("route replace default via 10.199.24.7")?;
+    inside("route add 10.250.0.0/16 via 10.199.25.1")?;
+    let routes = ["default via 10.199.24.7 dev eth0", "10.250.0.0/16 via 10.199.25.1 dev eth0"];
+    until("ip route", &|seen| routes.iter().all(|route| seen.contains(route)))?;
+    until("ip -6 addr", &|seen| seen.contains("fd00:199:24::2/64"))?;
+    ensure!(!pod.exec("ip route")?.contains("10.199.24.1 "), "the old route is left");
+
+    // Also beyond what it was at the start.
+    run("ip", "link set hkfollow mtu 9000")?;
+    inside("link set eth0 mtu 9000")?;
+    until("ip link show eth0", &|seen| seen.contains("mtu 9000"))?;
+    let ping = run("ping", "-c 3 -W 10 -M do -s 8972 10.199.24.2")?;
+    ensure!(ping.contains(" 3 received"), "{ping}");
+
+    inside("link set eth0 down")?;
+    until("ip link show eth0", &|seen| !seen.contains(",UP"))?;
+    inside("link set eth0 up")?;
+    // A route goes with its interface, and somebody has to set it again.
+    inside("addr del 10.199.25.2/24 dev eth0")?;
+    until("ip addr show eth0", &|seen| seen.contains(",UP") && !seen.contains("10.199.25.2"))?;
+    get(SocketAddr::from(([10, 199, 24, 2], 80))).map(drop)
+}
+
+#[test]
 fn a_plugin_that_misbehaves_fails_the_pod_with_its_words_and_is_asked_to_take_back() -> Result<()> {
     let place = Place::new("bad")?;
     place

@@ -5,6 +5,7 @@
 
 mod dns;
 mod files;
+mod follow;
 mod localhost;
 mod tell;
 
@@ -14,7 +15,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_network::cni::{Capabilities, PortMapping, Stop};
+use husk_network::join::{Joined, Nic, Snapshot};
 use husk_network::localhost::{Localhost, LocalhostError};
+use husk_network::netns::Netns;
 pub use husk_network::pod::NetworkError;
 use husk_network::pod::{Attached, Host, PodNetwork, Request, Source};
 use serde_json::{Map, Value};
@@ -22,9 +25,9 @@ use tokio::task::{JoinError, JoinHandle};
 
 pub(crate) use self::dns::resolv_conf;
 pub(crate) use self::files::hosts;
-use self::localhost::serve;
-pub(crate) use self::tell::update;
-use crate::guest::Guest;
+use self::follow::Following;
+use self::tell::update;
+use crate::guest::{Guest, GuestError};
 use crate::task::Task;
 use crate::types::{Network, PodSpec, Protocol};
 
@@ -105,18 +108,62 @@ impl Undo {
     }
 }
 
-/// Carries connections to `localhost` of a pod's network namespace to its guest, as long as the task
-/// is kept. A pod is of use without it: that it does not work is told in the log.
-pub(crate) fn serve_localhost(
+/// A network on the host, for the guest that is to have it.
+pub(crate) struct GuestNetwork {
+    netns: Netns,
+    snapshot: Snapshot,
     localhost: Result<Localhost, LocalhostError>,
-    guest: &Guest,
-) -> Option<Task<()>> {
-    let told = |error: &dyn std::error::Error| {
-        let error = crate::pod::chain(error);
-        tracing::warn!(error, "connections to localhost in the pod's network namespace fail");
-    };
-    let localhost = localhost.inspect_err(|error| told(error)).ok()?;
-    serve(localhost, guest.clone()).inspect_err(|error| told(error)).ok()
+}
+
+/// What is done between a network and its guest, for as long as it is kept.
+pub(crate) struct Upkeep {
+    following: Option<Following>,
+    serving: Option<Task<()>>,
+}
+
+impl GuestNetwork {
+    /// The virtual machine's interfaces, the pod's addresses, and the rest.
+    pub(crate) fn of(attached: Attached) -> (Vec<Nic>, Vec<IpAddr>, Self) {
+        let Attached { netns, addresses, joined: Joined { nics, snapshot }, localhost } = attached;
+        (nics, addresses, GuestNetwork { netns, snapshot, localhost })
+    }
+
+    /// Tells the guest.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub(crate) async fn tell(&self, guest: &Guest) -> Result<(), GuestError> {
+        guest.update_network(update(&self.snapshot)).await
+    }
+
+    /// Has the guest, which was told, follow later changes, and get the connections to `localhost` of
+    /// the namespace. A pod is of use without either: what does not work is told in the log.
+    pub(crate) fn keep(self, guest: &Guest) -> Upkeep {
+        let GuestNetwork { netns, snapshot, localhost } = self;
+        let following = follow::follow(&netns, &snapshot, guest.clone()).inspect_err(|error| {
+            let error = crate::pod::chain(error);
+            tracing::warn!(error, "later changes of the pod's network are not followed");
+        });
+        let told = |error: &dyn std::error::Error| {
+            let error = crate::pod::chain(error);
+            tracing::warn!(error, "connections to localhost in the pod's network namespace fail");
+        };
+        let localhost = localhost.inspect_err(|error| told(error)).ok();
+        let serve = |localhost| localhost::serve(localhost, guest.clone());
+        let serving = localhost.map(serve).transpose().inspect_err(|error| told(error));
+        Upkeep { following: following.ok(), serving: serving.ok().flatten() }
+    }
+}
+
+impl Upkeep {
+    /// Ends it.
+    pub(crate) async fn end(self) {
+        let Upkeep { following, serving } = self;
+        drop(serving);
+        if let Some(following) = following {
+            following.end().await;
+        }
+    }
 }
 
 /// Takes the networks back of pods whose processes died, on a thread of its own for which nobody

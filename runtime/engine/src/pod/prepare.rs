@@ -13,7 +13,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use husk_network::join::{self, Joined};
+use husk_network::join;
 use husk_network::pod::{Attached, NetworkError};
 use husk_proto::agent as proto;
 use husk_vmm_api::{MAX_MTU, MAX_QUEUE_PAIRS, MIN_MTU, RateLimit};
@@ -30,7 +30,7 @@ use super::timeline::Timeline;
 use super::undo::Undo;
 use super::{PodOptions, SharedFindings};
 use crate::guest::{Guest, GuestError};
-use crate::network::{self, Attaching};
+use crate::network::{self, Attaching, GuestNetwork};
 use crate::paths::Config;
 use crate::storage::{self, Layer, Layout, StorageError};
 use crate::types::{PodSpec, Rootfs};
@@ -201,11 +201,9 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         }
     });
     let images = images?;
-    let (nics, network, addresses) = match attached? {
-        Some(Attached { netns: _, addresses, joined: Joined { nics, snapshot }, localhost }) => {
-            (nics, Some((snapshot, localhost)), addresses)
-        }
-        None => (Vec::new(), None, Vec::new()),
+    let (nics, addresses, network) = match attached?.map(GuestNetwork::of) {
+        Some((nics, addresses, network)) => (nics, addresses, Some(network)),
+        None => (Vec::new(), Vec::new(), None),
     };
 
     let layers: BTreeMap<String, Vec<Layer>> =
@@ -232,8 +230,8 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
     let request = setup_request(spec, &layout, &addresses).await?;
     let setup = async {
         let info = guest.setup_pod(request).await?;
-        if let Some((snapshot, _)) = &network {
-            guest.update_network(network::update(snapshot)).await?;
+        if let Some(network) = &network {
+            network.tell(&guest).await?;
         }
         Ok::<_, GuestError>(info)
     };
@@ -243,10 +241,9 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         Err(_) => return Err(GuestError::NotReady { limit }.into()),
     };
     findings.update(|findings| findings.guest = Some(info));
-    if let Some((_, localhost)) = network
-        && let Some(serving) = network::serve_localhost(localhost, &guest)
-    {
-        undo.push("localhost of the network", move || async move { drop(serving) });
+    if let Some(network) = network {
+        let upkeep = network.keep(&guest);
+        undo.push("upkeep of the network", move || upkeep.end());
     }
 
     let images: BTreeMap<String, ResolvedImage> = images;
@@ -297,13 +294,14 @@ fn queue_pairs(spec: &PodSpec) -> usize {
     usize::try_from(spec.vm.vcpus).unwrap_or(MAX_QUEUE_PAIRS).clamp(1, MAX_QUEUE_PAIRS)
 }
 
-/// An interface as the VMM gets it.
+/// An interface as the VMM gets it. The guest is told its MTU later, and can be told another one then:
+/// what the device says is the most that it can ever be.
 fn nic(nic: join::Nic) -> Result<Nic, PrepareError> {
     let join::Nic { name, mac, mtu, taps } = nic;
     match u16::try_from(mtu) {
         Ok(mtu) if (MIN_MTU..=MAX_MTU).contains(&mtu) => {
             let (rx_limit, tx_limit) = (RateLimit::default(), RateLimit::default());
-            Ok(Nic { mac, mtu, taps, rx_limit, tx_limit })
+            Ok(Nic { mac, mtu: MAX_MTU, taps, rx_limit, tx_limit })
         }
         _ => Err(PrepareError::Mtu { name, mtu }),
     }

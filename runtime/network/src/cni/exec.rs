@@ -39,6 +39,11 @@ impl Stop {
         UnixStream::pair().map(|pair| Stop(Arc::new(pair)))
     }
 
+    /// What has an end when everything is given up.
+    pub(crate) fn ends(&self) -> BorrowedFd<'_> {
+        self.0.1.as_fd()
+    }
+
     /// Gives everything up that is done with this.
     pub fn stop(&self) {
         // It can only have been shut down before.
