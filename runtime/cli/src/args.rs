@@ -353,9 +353,15 @@ impl std::fmt::Display for NetworkArg {
 ///
 /// KVM is proven by running a few instructions in a guest: some hosts let one create virtual
 /// machines but cannot run them.
+///
+/// With PODs it is their networks that are checked, and not the host: whether the network namespace is
+/// there, and whether the CNI plugins find in it what they made (CHECK).
 #[derive(Debug, Args)]
 #[command(after_long_help = "Exit code: 0 if nothing failed (warnings may remain), else 1.")]
 pub(crate) struct CheckArgs {
+    /// Check the networks of these pods
+    #[arg(value_name = "POD")]
+    pub(crate) pods: Vec<String>,
     /// How to show the results
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     pub(crate) output: Output,

@@ -1,10 +1,13 @@
 //! `husk check`: what this host has and lacks to run pods, each line with what to do.
 
+use std::borrow::Cow;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
 
 use comfy_table::{Table, presets};
+use husk_engine::holder::record::PodRecord;
+use husk_engine::network::{self, Checked};
 use husk_engine::paths::Config;
 use husk_engine::storage::ext4;
 use husk_engine::vm::{assets, kvm, probe_kvm};
@@ -12,6 +15,7 @@ use serde::Serialize;
 
 use crate::args::{CheckArgs, Global, Output};
 use crate::image::human_bytes;
+use crate::pods::Pods;
 
 /// Oldest kernel that has all that husk uses of it: `close_range` with `CLOSE_RANGE_CLOEXEC`.
 const OLDEST_KERNEL: (u32, u32) = (5, 11);
@@ -35,14 +39,14 @@ enum Level {
 /// One line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 struct Finding {
-    name: &'static str,
+    name: Cow<'static, str>,
     level: Level,
     /// What was found, and what to do about it.
     detail: String,
 }
 
-fn finding(name: &'static str, level: Level, detail: impl Into<String>) -> Finding {
-    Finding { name, level, detail: detail.into() }
+fn finding(name: impl Into<Cow<'static, str>>, level: Level, detail: impl Into<String>) -> Finding {
+    Finding { name: name.into(), level, detail: detail.into() }
 }
 
 /// The texts of an error and its causes.
@@ -53,7 +57,15 @@ fn chain(error: impl Into<anyhow::Error>) -> String {
 /// Checks this host.
 pub(crate) fn run(global: &Global, args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let config = global.config()?;
-    let findings = check(&config);
+    let findings = match args.pods.as_slice() {
+        [] => check(&config),
+        named => {
+            let pods = Pods::read(global)?;
+            let found = named.iter().map(|name| pods.find(name));
+            let found = found.collect::<anyhow::Result<Vec<_>>>()?;
+            found.into_iter().map(|found| pod_network(&config, &found.pod)).collect()
+        }
+    };
     match args.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&findings)?),
         Output::Text => println!("{}", table(&findings)),
@@ -71,9 +83,29 @@ fn table(findings: &[Finding]) -> Table {
             Level::Warn => "warn",
             Level::Fail => "FAIL",
         };
-        table.add_row([level, name, detail]);
+        table.add_row([level, name.as_ref(), detail]);
     }
     table
+}
+
+/// Whether a pod's network is as it was made.
+fn pod_network(config: &Config, pod: &PodRecord) -> Finding {
+    let (level, detail) = match network::check(&config.state_dir, &pod.uid) {
+        Ok(Checked::NoNetwork) => (Level::Ok, "it has no network".to_owned()),
+        Ok(Checked::Namespace(path)) => {
+            (Level::Ok, format!("its network namespace {} is there", path.display()))
+        }
+        Ok(Checked::AsMade(network)) => {
+            (Level::Ok, format!("the plugins of network {network:?} find it as they made it"))
+        }
+        Ok(Checked::Unfinished) => (Level::Warn, "its network is not made yet".to_owned()),
+        Ok(Checked::Unchecked(network)) => {
+            let why = "its configuration has disableCheck, or a version of CNI before 0.4.0";
+            (Level::Warn, format!("the plugins of network {network:?} cannot be asked: {why}"))
+        }
+        Err(error) => (Level::Fail, chain(error)),
+    };
+    finding(pod.full_name(), level, detail)
 }
 
 fn check(config: &Config) -> Vec<Finding> {

@@ -1,5 +1,6 @@
 //! The network of one pod: made as a whole, taken back as a whole, by whoever is there to do it.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -188,14 +189,91 @@ impl Host {
     /// # Errors
     /// [`RecordError`] if it cannot be told which there are.
     pub fn sweep(&self) -> Result<Vec<Swept>, RecordError> {
-        let mut swept = Vec::new();
-        for uid in self.records().list()? {
+        let records = self.records();
+        let (mut swept, mut dead) = (Vec::new(), Vec::new());
+        for uid in records.list()? {
             match self.pod(&uid) {
                 Err(NetworkError::Held(_)) => {}
-                held => swept.push((uid, held.and_then(|pod| pod.detach()))),
+                Err(error) => swept.push((uid, Err(error))),
+                Ok(pod) => {
+                    // One that cannot be read is told below.
+                    dead.extend(records.read(&uid).ok().flatten());
+                    swept.push((uid, pod.detach()));
+                }
             }
         }
+        self.collect_garbage(dead);
         Ok(swept)
+    }
+
+    /// Has the plugins of networks in which pods died take back what belongs to none of the others,
+    /// where the configuration, as it is now, allows it. What it does not come to is done after the
+    /// next death.
+    fn collect_garbage(&self, dead: Vec<Record>) {
+        let mut done = BTreeSet::new();
+        for Record { attachment, plugin_directories, .. } in dead {
+            let Some(attachment) = attachment else { continue };
+            let collected = self.collect_in(&attachment, plugin_directories, &mut done);
+            if let Err(error) = collected {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "the garbage of a network is not collected");
+            }
+        }
+    }
+
+    fn collect_in(
+        &self,
+        dead: &Attachment,
+        plugin_directories: Vec<PathBuf>,
+        done: &mut BTreeSet<String>,
+    ) -> Result<(), NetworkError> {
+        let mut network = dead.list().map_err(CniError::from)?;
+        let now = self.cni.network(Some(&network.name)).ok();
+        network.disable_gc = now.and_then(|now| now.disable_gc);
+        if network.disable_gc != Some(false) || !done.insert(network.name.clone()) {
+            return Ok(());
+        }
+        let records = self.records();
+        let Some(_alone) = records.plugins_alone()? else {
+            tracing::debug!(network = network.name, "others are at it: garbage stays");
+            return Ok(());
+        };
+        let mut valid = Vec::new();
+        for uid in records.list()? {
+            // Of one that cannot be read nothing must be taken.
+            let Some(attachment) = records.read(&uid)?.and_then(|record| record.attachment) else {
+                continue;
+            };
+            if attachment.list().map_err(CniError::from)?.name == network.name {
+                valid.push((attachment.container_id, attachment.ifname));
+            }
+        }
+        let stop = Stop::new().map_err(NetworkError::Stop)?;
+        let cni = Cni { plugin_directories, ..self.cni.clone() };
+        cni.gc(&network, &valid, &stop)?;
+        Ok(())
+    }
+
+    /// Sees whether the network of a pod is as it was made, whoever holds it. Blocks as long as
+    /// plugins take.
+    ///
+    /// # Errors
+    /// [`NetworkError`] of what is not.
+    pub fn check(&self, uid: &str) -> Result<Checked, NetworkError> {
+        let Some(record) = self.records().read(uid)? else { return Ok(Checked::NoNetwork) };
+        let Record { netns, attachment, plugin_directories, .. } = record;
+        Netns::open(&netns)?;
+        let Some(attachment) = attachment else { return Ok(Checked::Namespace(netns)) };
+        if attachment.result.is_none() {
+            return Ok(Checked::Unfinished);
+        }
+        let stop = Stop::new().map_err(NetworkError::Stop)?;
+        let cni = Cni { plugin_directories, ..self.cni.clone() };
+        let name = attachment.list().map_err(CniError::from)?.name;
+        Ok(match cni.check(&attachment, &stop)? {
+            true => Checked::AsMade(name),
+            false => Checked::Unchecked(name),
+        })
     }
 
     /// The pods that have a network, or a part of one.
@@ -205,6 +283,22 @@ impl Host {
     pub fn attached(&self) -> Result<Vec<String>, RecordError> {
         self.records().list()
     }
+}
+
+/// What is known of a pod's network that nothing is wrong with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Checked {
+    /// It has none.
+    NoNetwork,
+    /// It has this namespace of somebody else, which is there.
+    Namespace(PathBuf),
+    /// Plugins are still making it, or did not come to the end.
+    Unfinished,
+    /// The plugins of this network say that it is as they made it.
+    AsMade(String),
+    /// The configuration of this network does not let its plugins be asked, by its version or by
+    /// `disableCheck`.
+    Unchecked(String),
 }
 
 /// The uid of a pod whose process died, and whether its network was taken back.
@@ -294,6 +388,7 @@ impl PodNetwork {
         let record = |attachment: &Attachment| Record::of(attachment, &cni.plugin_directories);
         self.record(&record(&attachment))?;
         let netns = Netns::create(netns_directory, &id)?;
+        let _calling = self.host.records().share_plugins()?;
         let added = cni.add(&mut attachment, stop)?;
         self.record(&record(&attachment))?;
         Ok((netns, added.addresses))
@@ -314,6 +409,7 @@ impl PodNetwork {
             let stop = Stop::new().map_err(NetworkError::Stop)?;
             // Those that made it, wherever others are found now.
             let cni = Cni { plugin_directories, ..self.host.cni.clone() };
+            let _calling = records.share_plugins()?;
             outcome = cni.del(attachment, &stop).map_err(Into::into);
         }
         if owned {

@@ -20,6 +20,10 @@ const LOCK: &str = ".lock";
 /// Name of the lock under which other locks are made and removed.
 const GUARD: &str = ".lock";
 
+/// Name of the lock that whoever calls plugins shares, and that is exclusive for what must not be done
+/// at the same time.
+const PLUGINS: &str = ".plugins";
+
 /// Version of the form.
 const VERSION: u32 = 1;
 
@@ -136,6 +140,29 @@ impl Records {
         Ok(file)
     }
 
+    /// Says that plugins are called for an attachment, as long as the file is open. Waits for who has
+    /// them for itself.
+    pub(crate) fn share_plugins(&self) -> Result<File, RecordError> {
+        self.make()?;
+        let path = self.0.join(PLUGINS);
+        let file = open_lock(&path)?;
+        file.lock_shared().map_err(failed("lock", &path))?;
+        Ok(file)
+    }
+
+    /// Keeps everybody else from calling plugins for attachments, as long as the file is open; `None`
+    /// if somebody does.
+    pub(crate) fn plugins_alone(&self) -> Result<Option<File>, RecordError> {
+        self.make()?;
+        let path = self.0.join(PLUGINS);
+        let file = open_lock(&path)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(source)) => Err(failed("lock", &path)(source)),
+        }
+    }
+
     /// Writes a record so that also after a crash the old one or the new one is there, whole.
     pub(crate) fn write(&self, uid: &str, record: &Record) -> Result<(), RecordError> {
         let path = self.path(uid);
@@ -248,6 +275,17 @@ mod tests {
         records.remove_lock("a").unwrap();
         drop(held);
         assert!(records.lock("a").unwrap().is_some());
+        assert_eq!(records.list().unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn plugins_are_called_by_many_or_by_one_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = Records(directory.path().join("network"));
+        let (one, other) = (records.share_plugins().unwrap(), records.share_plugins().unwrap());
+        assert!(records.plugins_alone().unwrap().is_none());
+        drop((one, other));
+        assert!(records.plugins_alone().unwrap().is_some());
         assert_eq!(records.list().unwrap(), Vec::<String>::new());
     }
 

@@ -18,7 +18,7 @@ use husk_network::follow::Follower;
 use husk_network::join::{self, JoinError, Snapshot};
 use husk_network::localhost::Localhost;
 use husk_network::netns::{self, Netns};
-use husk_network::pod::{Host, NetworkError, Request, Source};
+use husk_network::pod::{Checked, Host, NetworkError, Request, Source};
 
 /// Length of the header before each frame, as a tap begins.
 const HEADER: usize = 10;
@@ -381,7 +381,7 @@ fn a_pods_network_is_made_recorded_and_taken_back_by_another_process() {
     assert!(!netns_of(&uid).exists());
     assert_eq!(std::fs::read_to_string(root.path().join("log")).unwrap(), "ADD\nDEL\n");
     let left: Vec<_> = std::fs::read_dir(root.path().join("records")).unwrap().collect();
-    assert_eq!(left.len(), 1, "more than the guard is left: {left:?}");
+    assert_eq!(left.len(), 2, "more than the two locks is left: {left:?}");
 }
 
 #[test]
@@ -551,4 +551,72 @@ fn later_changes_are_told() {
     until(&told, |now| eth0(now).is_none());
     drop(follower);
     assert!(told.iter().count() < 100, "it goes on");
+}
+
+#[test]
+fn garbage_is_collected_where_that_is_allowed_and_what_lives_is_named() {
+    let root = tempfile::tempdir().unwrap();
+    let log = root.path().join("stdin");
+    let script = format!("[ $CNI_COMMAND = GC ] && cat > {}\n{PLUGIN}", log.display());
+    let host = host(root.path(), &script.replace("1.0.0", "1.1.0"));
+    let configure = |more: &str| {
+        let text = format!(
+            r#"{{"cniVersion": "1.1.0", "name": "test", {more} "plugins": [{{"type": "plugin"}}]}}"#
+        );
+        let path = host.cni.config_directory.join("10-test");
+        std::fs::remove_file(path.with_extension("conf")).ok();
+        std::fs::write(path.with_extension("conflist"), text).unwrap();
+    };
+    let (dies, lives) = (uid("dies"), uid("lives"));
+    let living = host.pod(&lives).unwrap();
+    configure("");
+    drop(living.attach(&request(), &Stop::new().unwrap()).unwrap());
+    for (more, collected) in
+        [("", false), (r#""disableGC": true,"#, false), (r#""disableGC": false,"#, true)]
+    {
+        configure(more);
+        let pod = host.pod(&dies).unwrap();
+        drop(pod.attach(&request(), &Stop::new().unwrap()).unwrap());
+        drop(pod);
+        let swept = host.sweep().unwrap();
+        assert!(matches!(swept.as_slice(), [(one, Ok(()))] if *one == dies), "{swept:?}");
+        assert_eq!(log.exists(), collected, "{more}");
+    }
+    let told = std::fs::read_to_string(log).unwrap();
+    let valid = format!(
+        r#""cni.dev/valid-attachments":[{{"containerID":"husk-{lives}","ifname":"eth0"}}]"#
+    );
+    assert!(told.contains(&valid), "{told}");
+    living.detach().unwrap();
+}
+
+#[test]
+fn a_network_is_checked_by_its_plugins_whoever_holds_it() {
+    let root = tempfile::tempdir().unwrap();
+    let broken = root.path().join("broken");
+    let script = format!(
+        r#"[ $CNI_COMMAND = CHECK ] && [ -e {} ] && {{ echo '{{"code": 50, "msg": "no address"}}'; exit 1; }}
+{PLUGIN}"#,
+        broken.display()
+    );
+    let host = host(root.path(), &script);
+    let (uid, other) = (uid("checked"), uid("foreign"));
+    assert_eq!(host.check(&uid).unwrap(), Checked::NoNetwork);
+    let pod = host.pod(&uid).unwrap();
+    drop(pod.attach(&request(), &Stop::new().unwrap()).unwrap());
+    assert_eq!(host.check(&uid).unwrap(), Checked::AsMade("test".into()));
+    std::fs::write(broken, "").unwrap();
+    let error = host.check(&uid).unwrap_err().to_string();
+    assert!(error.contains("failed at CHECK: no address (code 50)"), "{error}");
+    netns::delete(&netns_of(&uid)).unwrap();
+    assert!(matches!(host.check(&uid), Err(NetworkError::Netns(_))));
+    pod.detach().unwrap();
+
+    let outer = Pod::new("k");
+    let path = outer.netns.path().to_owned();
+    let pod = host.pod(&other).unwrap();
+    let request = Request { source: Source::Netns(path.clone()), ..request() };
+    drop(pod.attach(&request, &Stop::new().unwrap()).unwrap());
+    assert_eq!(host.check(&other).unwrap(), Checked::Namespace(path));
+    pod.detach().unwrap();
 }

@@ -252,6 +252,14 @@ fn pods_on_a_bridge_reach_each_other_and_the_host_and_leave_nothing() -> Result<
     ] {
         ensure!(seen.contains(words), "{words:?} is missing:\n{seen}");
     }
+    let checked = place.ok(&["check", &server.name, &client.name])?;
+    ensure!(checked.matches("find it as they made it").count() == 2, "{checked}");
+    let netns = format!("husk-{}", place.uid("client"));
+    run("ip", &format!("-n {netns} -4 addr flush dev eth0"))?;
+    let output = place.command(&["check", &client.name]).output()?;
+    let said = text(&output.stdout);
+    ensure!(output.status.code() == Some(1) && said.contains("failed at CHECK"), "{said}");
+
     drop((server, client));
     place.nothing_left("server")?;
     place.nothing_left("client")?;

@@ -18,8 +18,8 @@ use husk_network::cni::{Capabilities, PortMapping, Stop};
 use husk_network::join::{Joined, Nic, Snapshot};
 use husk_network::localhost::{Localhost, LocalhostError};
 use husk_network::netns::Netns;
-pub use husk_network::pod::NetworkError;
 use husk_network::pod::{Attached, Host, PodNetwork, Request, Source};
+pub use husk_network::pod::{Checked, NetworkError};
 use serde_json::{Map, Value};
 use tokio::task::{JoinError, JoinHandle};
 
@@ -200,6 +200,15 @@ pub(crate) fn sweep_in_background(state_dir: &Path) {
 /// [`NetworkError`]. It stays recorded then, and can be tried again.
 pub fn take_back(state_dir: &Path, uid: &str, patience: Duration) -> Result<(), NetworkError> {
     Host::of_environment(state_dir).pod_within(uid, patience)?.detach()
+}
+
+/// Sees whether the network of a pod is as it was made, whatever holds the pod. Blocks as long as
+/// plugins take.
+///
+/// # Errors
+/// [`NetworkError`] of what is not.
+pub fn check(state_dir: &Path, uid: &str) -> Result<Checked, NetworkError> {
+    Host::of_environment(state_dir).check(uid)
 }
 
 /// What is asked of plugins that are capable of it.

@@ -75,8 +75,8 @@ pub struct NetworkList {
     pub version: String,
     /// `disableCheck`: CHECK is never called.
     pub disable_check: bool,
-    /// `disableGC`: GC is never called.
-    pub disable_gc: bool,
+    /// `disableGC`: whether GC must not be called, if the configuration says it.
+    pub disable_gc: Option<bool>,
     /// `plugins`, at least one.
     pub plugins: Vec<Plugin>,
 }
@@ -248,7 +248,10 @@ impl NetworkList {
         Ok(NetworkList {
             version: reader.version(object)?,
             disable_check: reader.flag(object, "disableCheck")?,
-            disable_gc: reader.flag(object, "disableGC")?,
+            disable_gc: match object.get("disableGC") {
+                None | Some(Value::Null) => None,
+                Some(_) => Some(reader.flag(object, "disableGC")?),
+            },
             name,
             plugins,
         })

@@ -38,7 +38,7 @@ pub struct Attachment {
 
 impl Attachment {
     /// The configuration, read again.
-    fn list(&self) -> Result<NetworkList, ConfigError> {
+    pub(crate) fn list(&self) -> Result<NetworkList, ConfigError> {
         NetworkList::of(Path::new("(recorded)"), &self.network)
     }
 
@@ -176,26 +176,28 @@ impl Cni {
         outcome
     }
 
-    /// Sees whether the interface is as it was made.
+    /// Sees whether the interface is as it was made. False if the network does not have that, by its
+    /// version or by `disableCheck`.
     ///
     /// # Errors
     /// [`CniError`] of the first plugin that says that it is not.
-    pub fn check(&self, attachment: &Attachment, stop: &Stop) -> Result<(), CniError> {
+    pub fn check(&self, attachment: &Attachment, stop: &Stop) -> Result<bool, CniError> {
         let network = attachment.list()?;
         if network.disable_check || is_older(&network.version, CHECK_SINCE) {
-            return Ok(());
+            return Ok(false);
         }
         for plugin in &network.plugins {
             let mut call = attachment_call("CHECK", attachment, &network, stop);
             call.previous = attachment.result.as_ref();
             self.call(plugin, &call)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Has plugins take everything back in a network that is not of these attachments (pairs of
-    /// `containerID` and `ifname`). Only for a network that nobody else uses: what others made in it
-    /// is not theirs any more.
+    /// `containerID` and `ifname`): also what other runtimes made in it. Therefore only where the
+    /// configuration says in so many words that it may be (`disableGC: false`), and the version has
+    /// it; and not while anybody makes or takes back an attachment. False if it was not done.
     ///
     /// # Errors
     /// [`CniError`] of the first plugin that failed; the others were asked, too.
@@ -204,9 +206,9 @@ impl Cni {
         network: &NetworkList,
         valid: &[(String, String)],
         stop: &Stop,
-    ) -> Result<(), CniError> {
-        if network.disable_gc || is_older(&network.version, GC_SINCE) {
-            return Ok(());
+    ) -> Result<bool, CniError> {
+        if network.disable_gc != Some(false) || is_older(&network.version, GC_SINCE) {
+            return Ok(false);
         }
         let valid: Vec<_> =
             valid.iter().map(|(id, ifname)| json!({"containerID": id, "ifname": ifname})).collect();
@@ -217,7 +219,7 @@ impl Cni {
             let call = network_call("GC", network, stop);
             outcome = outcome.and(self.call(&plugin, &call).map(drop));
         }
-        outcome
+        outcome.map(|()| true)
     }
 
     /// Asks whether the network can take pods.

@@ -232,15 +232,27 @@ fn commands_are_called_only_where_the_version_has_them() {
     let host = Host::new();
     host.plugin("x", "");
     let network = |version| {
-        let value = json!({"name": "n", "cniVersion": version, "type": "x"});
+        let plugins = [json!({"type": "x"})];
+        let value = json!({
+            "name": "n", "cniVersion": version, "plugins": plugins, "disableGC": false,
+            "loadOnlyInlinedPlugins": true,
+        });
         NetworkList::of(Path::new("x"), &value).unwrap()
     };
-    host.cni.gc(&network("1.0.0"), &[], &stop()).unwrap();
+    assert!(!host.cni.gc(&network("1.0.0"), &[], &stop()).unwrap());
+    for disable_gc in [None, Some(true)] {
+        let network = NetworkList { disable_gc, ..network("1.1.0") };
+        assert!(!host.cni.gc(&network, &[], &stop()).unwrap());
+        let again = NetworkList::of(Path::new("x"), &network.to_json()).unwrap();
+        assert_eq!(again, network);
+    }
     host.cni.status(&network("1.0.0"), &stop()).unwrap();
-    host.cni.check(&attachment("0.3.1", &[json!({"type": "x"})]), &stop()).unwrap();
+    let checked = host.cni.check(&attachment("0.3.1", &[json!({"type": "x"})]), &stop());
+    assert!(!checked.unwrap());
     assert_eq!(host.order(), Vec::<String>::new());
 
-    host.cni.gc(&network("1.1.0"), &[("husk-1".into(), "eth0".into())], &stop()).unwrap();
+    let valid = [("husk-1".into(), "eth0".into())];
+    assert!(host.cni.gc(&network("1.1.0"), &valid, &stop()).unwrap());
     host.cni.status(&network("1.1.0"), &stop()).unwrap();
     assert_eq!(host.order(), ["x GC", "x STATUS"]);
     let valid = &host.calls()[0].2["cni.dev/valid-attachments"];
