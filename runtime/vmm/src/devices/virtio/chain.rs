@@ -220,32 +220,54 @@ impl Virtqueue {
         self.queue.disable_notification(&self.memory).map_err(GuestFault::Rings)
     }
 
+    /// How many chains were completed since it was last decided whether to interrupt the driver.
+    #[must_use]
+    pub fn untold(&self) -> u16 {
+        self.queue.next_used().wrapping_sub(self.decided)
+    }
+
     /// Interrupts the driver if chains were completed since the last call and it wants to know.
     ///
     /// # Errors
     /// [`GuestFault::Memory`].
     pub fn notify(&mut self) -> Result<(), GuestFault> {
+        if self.is_interrupt_wanted()? {
+            self.interrupt.signal_used();
+        }
+        Ok(())
+    }
+
+    /// As [`Virtqueue::notify`] for this queue and another of the same device, with one interrupt.
+    ///
+    /// # Errors
+    /// [`GuestFault::Memory`].
+    pub fn notify_with(&mut self, other: &mut Virtqueue) -> Result<(), GuestFault> {
+        let other = other.is_interrupt_wanted()?;
+        if self.is_interrupt_wanted()? || other {
+            self.interrupt.signal_used();
+        }
+        Ok(())
+    }
+
+    /// Decides whether to interrupt the driver, for the chains completed since it was last decided.
+    fn is_interrupt_wanted(&mut self) -> Result<bool, GuestFault> {
         let (before, now) = (self.decided, self.queue.next_used());
         if before == now {
-            return Ok(());
+            return Ok(false);
         }
         self.decided = now;
         // Our writes to the used ring come before our reading of what the driver wants, or both sides
         // could miss each other (virtio 1.2, 2.7.7.2).
         fence(Ordering::SeqCst);
-        let wanted = if self.queue.event_idx_enabled() {
+        if self.queue.event_idx_enabled() {
             // Whether the index passed `used_event` (2.7.10.1). The crate's answer counts only what
             // went through its `add_used`.
             let elements = u64::from(self.queue.size()).saturating_mul(AVAIL_ELEMENT_LEN);
             let event = self.driver_area(RING_HEADER_LEN.saturating_add(elements))?;
-            now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before)
+            Ok(now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before))
         } else {
-            self.driver_area(0)? & AVAIL_F_NO_INTERRUPT == 0
-        };
-        if wanted {
-            self.interrupt.signal_used();
+            Ok(self.driver_area(0)? & AVAIL_F_NO_INTERRUPT == 0)
         }
-        Ok(())
     }
 
     /// The 16 bits at `offset` of the driver area.

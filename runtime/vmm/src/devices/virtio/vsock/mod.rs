@@ -27,7 +27,7 @@ mod state;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -54,6 +54,15 @@ const TX: usize = 1;
 
 /// Longest packet that is copied from the guest.
 const MAX_PACKET: usize = HEADER_LEN.saturating_add(MAX_PAYLOAD);
+
+/// How many packets of the guest are taken before it is told that their buffers are free again. It
+/// has nothing to do with them but to free them, and an interrupt for it costs more than most packets:
+/// so it is told with the next packet that it gets, of several at once, or after a while. Linux takes
+/// up to 18 descriptors for a packet, so that at least this many fit into the queue.
+const MAX_UNTOLD: u16 = 6;
+
+/// How long it is not told; its memory is held for so long.
+const UNTOLD_LIMIT: Duration = Duration::from_millis(20);
 
 const SOCKETS: u32 = 0;
 const DOORBELL: u32 = 1;
@@ -88,6 +97,23 @@ impl Vsock {
         };
         Ok((device, handle))
     }
+
+    /// What serves the queues.
+    fn handler(&self, [rx, tx, event]: [Virtqueue; 3]) -> Result<VsockHandler, ActivateError> {
+        let failed = |what| move |source| ActivateError::Host { what, source };
+        Ok(VsockHandler {
+            rx,
+            tx,
+            _event: event,
+            mux: Mux::new(self.guest_cid).map_err(failed("an epoll instance"))?,
+            link: self.link.clone(),
+            doorbell: self.doorbell.clone(),
+            timer: Timer::new().map_err(failed("a timer"))?,
+            tx_waits: false,
+            tell: None,
+            packet: vec![0; MAX_PACKET].into_boxed_slice(),
+        })
+    }
 }
 
 impl VirtioDevice for Vsock {
@@ -112,21 +138,8 @@ impl VirtioDevice for Vsock {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let failed = |what| move |source| ActivateError::Host { what, source };
-        let ([rx, tx, event], wiring) = activation.split()?;
-        let timer = Timer::new().map_err(failed("a timer"))?;
-        let mux = Mux::new(self.guest_cid).map_err(failed("an epoll instance"))?;
-        let handler = VsockHandler {
-            rx,
-            tx,
-            _event: event,
-            mux,
-            link: self.link.clone(),
-            doorbell: self.doorbell.clone(),
-            timer,
-            tx_waits: false,
-            packet: vec![0; MAX_PACKET].into_boxed_slice(),
-        };
+        let (queues, wiring) = activation.split()?;
+        let handler = self.handler(queues)?;
         self.worker = Some(Worker::spawn("vsock", wiring, handler)?);
         // For what was asked before the guest was there.
         ring(&self.doorbell);
@@ -150,6 +163,8 @@ struct VsockHandler {
     timer: Timer,
     /// Packets may wait in the transmit queue.
     tx_waits: bool,
+    /// When the guest is to be told at the latest that its packets were taken.
+    tell: Option<Instant>,
     /// The guest's packet, copied once, so that it cannot change while it is looked at.
     packet: Box<[u8]>,
 }
@@ -205,6 +220,7 @@ impl VsockHandler {
         let mut link = lock(&link);
         self.take_packets(&mut link, now)?;
         let progress = self.give_packets(&mut link, now)?;
+        self.notify(now)?;
         self.arm_timer(now)?;
         // With too many resets waiting, the receive queue's next kick goes on.
         if self.tx_waits && self.mux.accepts_packets() {
@@ -234,7 +250,7 @@ impl VsockHandler {
             chain.complete(0)?;
             self.mux.receive(packet, link.sink.as_mut(), now);
         }
-        self.tx.notify()
+        Ok(())
     }
 
     /// The multiplexer's packets, into the receive queue's buffers.
@@ -253,8 +269,22 @@ impl VsockHandler {
             };
             fill(chain, &mut self.mux)?;
         }
-        self.rx.notify()?;
         Ok(progress)
+    }
+
+    /// Tells the guest what it got, and of the packets taken from it when it is time.
+    fn notify(&mut self, now: Instant) -> Result<(), GuestFault> {
+        let untold = self.tx.untold();
+        if untold == 0 {
+            return self.rx.notify();
+        }
+        let limit = now.checked_add(UNTOLD_LIMIT).unwrap_or(now);
+        let due = *self.tell.get_or_insert(limit) <= now;
+        if due || untold >= MAX_UNTOLD || self.rx.untold() > 0 {
+            self.tell = None;
+            return self.rx.notify_with(&mut self.tx);
+        }
+        Ok(())
     }
 
     /// What the host asks for.
@@ -274,7 +304,7 @@ impl VsockHandler {
     }
 
     fn arm_timer(&mut self, now: Instant) -> Result<(), WorkerError> {
-        match self.mux.next_deadline() {
+        match self.mux.next_deadline().into_iter().chain(self.tell).min() {
             Some(deadline) => self.timer.arm(deadline, now),
             None => Ok(()),
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::testing::{Buffer, Driver, activation, interrupt, memory, wait_until};
-use super::super::{Interrupt, status};
+use super::super::{F_EVENT_IDX, Interrupt, status};
 use super::mux::MAX_WAITING_RESETS;
 use super::packet::{HOST_CID, Header, op};
 use super::*;
@@ -322,4 +322,59 @@ fn a_chain_too_short_for_a_header_is_returned_and_forgotten() {
     guest.tx.kick_and_wait();
     let _host = accepted(&mut guest, &sink, 5000);
     assert_eq!(guest.interrupt.status(), 0);
+}
+
+#[test]
+fn packets_that_were_taken_are_told_of_with_others_or_in_the_end() {
+    let (device, _handle, sink) = device();
+    let mut guest = Guest::new();
+    guest.add_buffers();
+    let drivers = [&guest.rx, &guest.tx, &guest.event];
+    // Without event indices every chance to interrupt is taken.
+    let features = RING_FEATURES & !F_EVENT_IDX;
+    let (queues, _wiring) = activation(&drivers, &guest.interrupt, features).split().unwrap();
+    let mut handler = device.handler(queues).unwrap();
+    let interrupts = guest.interrupt.clone();
+    let interrupts = || interrupts.counters().snapshot().interrupts;
+    let start = Instant::now();
+    let mut pump = |at| {
+        handler.tx_waits = true;
+        assert_eq!(handler.pump(at).unwrap(), Progress::Done);
+        handler.tell
+    };
+
+    // The answer to the first is the guest's next packet: one interrupt for both.
+    guest.post((5000, 1024), op::REQUEST, &[]);
+    assert_eq!((pump(start), interrupts()), (None, 1));
+    let _host = sink.0.lock().unwrap().accepted.pop().unwrap();
+    guest.expect(op::RESPONSE);
+
+    // Nothing to say to the second: it is told of when its time is over.
+    let due = start + UNTOLD_LIMIT;
+    guest.post((5000, 1024), op::RW, b"a");
+    assert_eq!((pump(start), interrupts()), (Some(due), 1));
+    assert_eq!((pump(due - Duration::from_nanos(1)), interrupts()), (Some(due), 1));
+    assert_eq!((pump(due), interrupts()), (None, 2));
+    assert_eq!((pump(due + UNTOLD_LIMIT), interrupts()), (None, 2));
+
+    // Many are told of at once.
+    for count in 1..=MAX_UNTOLD {
+        assert_eq!(interrupts(), 2);
+        guest.post((5000, 1024), op::RW, b"a");
+        assert_eq!(pump(due).is_none(), count == MAX_UNTOLD);
+    }
+    assert_eq!(interrupts(), 3);
+}
+
+#[test]
+fn a_packet_that_nothing_follows_is_told_of_all_the_same() {
+    let (mut device, _handle, sink) = device();
+    let mut guest = Guest::new();
+    guest.activate(&mut device);
+    guest.add_buffers();
+    let _host = accepted(&mut guest, &sink, 5000);
+    let before = guest.interrupt.counters().snapshot().interrupts;
+    guest.tx.set_used_event(guest.tx.used_idx());
+    guest.send((5000, 1024), op::RW, b"a");
+    wait_until(|| guest.interrupt.counters().snapshot().interrupts > before);
 }
