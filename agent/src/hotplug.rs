@@ -19,6 +19,28 @@ const PREFIX: &str = "virtio-mmio.";
 /// How long after a container has started the devices that need not be there for it are looked for.
 const LATE: Duration = Duration::from_secs(1);
 
+/// Has the driver look at a place again.
+///
+/// # Errors
+/// The kernel's; ENODEV if there is no device, EBUSY if it has a driver already.
+pub(crate) fn bind(number: u32) -> io::Result<()> {
+    tell_driver("bind", &format!("{PREFIX}{number}"))
+}
+
+/// Has the driver let go of the device in a place.
+///
+/// # Errors
+/// The kernel's; ENODEV if it had not taken it.
+pub(crate) fn unbind(number: u32) -> io::Result<()> {
+    tell_driver("unbind", &format!("{PREFIX}{number}"))
+}
+
+/// The place of the device whose directory in sysfs this is, or is in.
+pub(crate) fn place_of(device: &Path) -> Option<u32> {
+    let names = device.iter().filter_map(|part| part.to_str());
+    names.filter_map(|name| name.strip_prefix(PREFIX)).find_map(|number| number.parse().ok())
+}
+
 fn tell_driver(what: &str, device: &str) -> io::Result<()> {
     fs::write(Path::new(DRIVER).join(what), device)
 }
@@ -53,4 +75,18 @@ fn places_without_driver() -> io::Result<Vec<String>> {
         }
     }
     Ok(places)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_says_in_which_place_it_is() {
+        let device = "/sys/devices/platform/virtio-mmio-cmdline/virtio-mmio.17/virtio9";
+        assert_eq!(place_of(Path::new(device)), Some(17));
+        for other in ["/sys/devices/virtual/block/loop0", "/sys/virtio-mmio.x/virtio-mmio", "/"] {
+            assert_eq!(place_of(Path::new(other)), None);
+        }
+    }
 }

@@ -19,6 +19,7 @@
     )
 )]
 
+mod added;
 mod boot;
 mod cgroup;
 mod container;

@@ -88,18 +88,11 @@ pub(crate) fn check(filesystems: &[Filesystem], volumes: &[Volume]) -> Result<()
         }
     }
     let mut names = std::collections::BTreeSet::new();
-    for Filesystem { name, disk_serial, fstype, read_only } in filesystems {
-        check_name("filesystems.name", name)?;
+    for filesystem in filesystems {
+        check_filesystem(filesystem)?;
+        let name = &filesystem.name;
         if !names.insert(name) {
             return Err(StorageError::Twice { field: "filesystems.name", value: name.clone() });
-        }
-        match (fstype.as_str(), read_only) {
-            ("erofs", true) | ("ext4", _) => {}
-            ("erofs", false) => return Err(StorageError::WritableErofs(name.clone())),
-            _ => return Err(StorageError::Type(fstype.clone())),
-        }
-        if disk_serial.is_empty() || disk_serial.len() > MAX_SERIAL || disk_serial.contains('/') {
-            return Err(StorageError::Serial(disk_serial.clone()));
         }
     }
     let mut volume_names = std::collections::BTreeSet::new();
@@ -122,13 +115,28 @@ pub(crate) fn check(filesystems: &[Filesystem], volumes: &[Volume]) -> Result<()
     Ok(())
 }
 
+/// Checks what can be checked of a file system alone.
+pub(crate) fn check_filesystem(filesystem: &Filesystem) -> Result<(), StorageError> {
+    let Filesystem { name, disk_serial, fstype, read_only } = filesystem;
+    check_name("filesystems.name", name)?;
+    match (fstype.as_str(), read_only) {
+        ("erofs", true) | ("ext4", _) => {}
+        ("erofs", false) => return Err(StorageError::WritableErofs(name.clone())),
+        _ => return Err(StorageError::Type(fstype.clone())),
+    }
+    if disk_serial.is_empty() || disk_serial.len() > MAX_SERIAL || disk_serial.contains('/') {
+        return Err(StorageError::Serial(disk_serial.clone()));
+    }
+    Ok(())
+}
+
 /// Where a file system is mounted.
 pub(crate) fn mount_point(name: &str) -> PathBuf {
     Path::new(guest::FILESYSTEMS).join(name)
 }
 
 /// Finds a disk by its serial, waiting for it if need be.
-async fn find_disk(serial: &str) -> Result<PathBuf, StorageError> {
+pub(crate) async fn find_disk(serial: &str) -> Result<PathBuf, StorageError> {
     let deadline = tokio::time::Instant::now() + DISK_LIMIT;
     loop {
         if let Some(disk) = disk_now(serial).map_err(failed("look for disk", serial))? {
@@ -189,6 +197,16 @@ pub(crate) async fn mount(host: &Host, filesystem: &Filesystem) -> Result<(), St
     let mount = rootfs::new_filesystem(&filesystem.fstype, &disk, &options, flags)
         .map_err(failed("mount file system", name))?;
     attach(&mount, &target).map_err(failed("mount file system", name))
+}
+
+/// Unmounts a file system, and removes its mount point.
+///
+/// # Errors
+/// The kernel's; EBUSY if it is in use.
+pub(crate) fn unmount(name: &str) -> io::Result<()> {
+    let target = mount_point(name);
+    rustix::mount::unmount(&target, rustix::mount::UnmountFlags::NOFOLLOW)?;
+    fs::remove_dir(target)
 }
 
 /// Attaches a mount at a path.

@@ -15,6 +15,7 @@ pub(crate) mod fuzzing;
 mod hooks;
 mod id_map;
 mod init;
+pub(crate) mod late_mounts;
 mod lifecycle;
 mod lookup;
 mod mounting;

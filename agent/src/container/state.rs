@@ -44,6 +44,8 @@ pub(crate) enum Event {
     Exec,
     /// A client asks for files of it, or brings some.
     Copy,
+    /// A client asks for a file system in it, or to take one away.
+    Mount,
     /// A client sends a signal to a process.
     Signal,
     /// A client asks to stop all processes by the freezer.
@@ -75,7 +77,7 @@ pub(crate) fn transition(state: State, event: Event) -> Result<State, Refused> {
     match (state, event) {
         (S::Creating, E::Ready) => Ok(S::Created),
         (S::Created, E::Start) => Ok(S::Running),
-        (S::Running, E::Exec | E::Copy) => Ok(S::Running),
+        (S::Running, E::Exec | E::Copy | E::Mount) => Ok(S::Running),
         (S::Created, E::Pause) => Ok(S::CreatedPaused),
         (S::Running, E::Pause) => Ok(S::Paused),
         (S::CreatedPaused, E::Resume) => Ok(S::Created),
@@ -102,6 +104,7 @@ pub(crate) fn transition(state: State, event: Event) -> Result<State, Refused> {
             | E::Start
             | E::Exec
             | E::Copy
+            | E::Mount
             | E::Signal
             | E::Pause
             | E::Resume
@@ -132,11 +135,12 @@ mod tests {
         State::Stopped,
         State::Deleting,
     ];
-    const EVENTS: [Event; 10] = [
+    const EVENTS: [Event; 11] = [
         Event::Ready,
         Event::Start,
         Event::Exec,
         Event::Copy,
+        Event::Mount,
         Event::Signal,
         Event::Pause,
         Event::Resume,
@@ -188,6 +192,7 @@ mod tests {
                 (State::CreatedPaused, Event::Exited),
                 (State::Running, Event::Exec),
                 (State::Running, Event::Copy),
+                (State::Running, Event::Mount),
                 (State::Running, Event::Signal),
                 (State::Running, Event::Pause),
                 (State::Running, Event::Update),

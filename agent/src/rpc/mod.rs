@@ -13,6 +13,7 @@ use husk_proto::agent::agent_server::AgentServer;
 use tokio::sync::{Notify, watch};
 use tonic::Status;
 
+use crate::added::Added;
 use crate::container::{ContainerError, Runner};
 use crate::dial::Dialer;
 use crate::host::Host;
@@ -55,6 +56,7 @@ pub(crate) struct Agent {
     runner: Runner,
     dialer: Dialer,
     network: Network,
+    added: Added,
     pod: Arc<Mutex<Pod>>,
     times: Arc<Mutex<Times>>,
     shutdown: Arc<Notify>,
@@ -74,6 +76,7 @@ impl Agent {
             runner: Runner::new(host.transport(), reaper)?,
             dialer: Dialer::new(host.transport()),
             network: Network::default(),
+            added: Added::default(),
             host,
             pod: Arc::new(Mutex::new(Pod::New)),
             times: Arc::new(Mutex::new(Times { init_ns, ready_ns: 0 })),

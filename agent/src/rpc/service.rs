@@ -6,7 +6,9 @@ use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status};
 
 use super::Agent;
-use super::status::{container_status, copy_status, dial_status, network_status, volume_status};
+use super::status::{
+    added_status, container_status, copy_status, dial_status, network_status, volume_status,
+};
 use crate::container::copy::Direction;
 use crate::container::{Exit, StartFailure, Started};
 use crate::epoch_ns;
@@ -244,6 +246,34 @@ impl Service for Agent {
         let content = self.runner.read_file(&container_id, &path, max_bytes);
         let content = content.map_err(|e| container_status(&e))?;
         Ok(Response::new(wire::ReadFileResponse { content }))
+    }
+
+    async fn add_filesystem(
+        &self,
+        request: Request<wire::AddFilesystemRequest>,
+    ) -> Result<Response<wire::AddFilesystemResponse>, Status> {
+        let agent = self.clone();
+        to_the_end(async move {
+            let pod = agent.ready_pod().map_err(|e| container_status(&e))?;
+            let added = agent.added.add(&agent.host, &agent.runner, &pod, request.into_inner());
+            added.await.map_err(|e| added_status(&e))?;
+            Ok(wire::AddFilesystemResponse {})
+        })
+        .await
+    }
+
+    async fn remove_filesystem(
+        &self,
+        request: Request<wire::RemoveFilesystemRequest>,
+    ) -> Result<Response<wire::RemoveFilesystemResponse>, Status> {
+        let agent = self.clone();
+        to_the_end(async move {
+            agent.ready_pod().map_err(|e| container_status(&e))?;
+            let wire::RemoveFilesystemRequest { name } = request.into_inner();
+            agent.added.remove(&agent.runner, &name).await.map_err(|e| added_status(&e))?;
+            Ok(wire::RemoveFilesystemResponse {})
+        })
+        .await
     }
 
     async fn update_volume(

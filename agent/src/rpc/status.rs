@@ -4,6 +4,7 @@ use std::error::Error;
 
 use tonic::{Code, Status};
 
+use crate::added::AddedError;
 use crate::cgroup::{CgroupError, UpdateError};
 use crate::container::ContainerError;
 use crate::container::copy::CopyError;
@@ -34,6 +35,21 @@ pub(super) fn volume_status(error: &StorageError) -> Status {
         StorageError::NoFiles(_) => Code::NotFound,
         StorageError::Io { .. } | StorageError::NoDisk { .. } => Code::Internal,
         _ => Code::InvalidArgument,
+    };
+    status(code, &chain(error))
+}
+
+/// The status of a file system that was not added, or not taken away.
+pub(super) fn added_status(error: &AddedError) -> Status {
+    use AddedError as E;
+    let code = match error {
+        E::Container(error) => return container_status(error),
+        E::Storage(error) => return volume_status(error),
+        E::Path(_) | E::Unset(_) => Code::InvalidArgument,
+        E::Exists(_) => Code::AlreadyExists,
+        E::NotAdded(_) => Code::NotFound,
+        E::Mount { .. } | E::InUse { .. } | E::Changing(_) => Code::FailedPrecondition,
+        E::Io { .. } => Code::Internal,
     };
     status(code, &chain(error))
 }

@@ -310,6 +310,7 @@ impl Guest {
         if !real_disks() {
             make_layer(&directory.path().join("disk-base"));
             fs::create_dir(directory.path().join("disk-scratch")).unwrap();
+            fs::create_dir(directory.path().join("disk-late")).unwrap();
         }
         let control =
             UnixListener::bind(directory.path().join(ports::CONTROL.to_string())).unwrap();

@@ -56,6 +56,7 @@ use State::{Absent, Created, CreatedPaused, Paused, Running, Stopped};
 const ABSENT: Answer = Refused(Code::NotFound, "container \"{id}\" does not exist");
 const EXISTS: Answer = Refused(Code::AlreadyExists, "container \"{id}\" exists already");
 const ENDED: Answer = Refused(Code::NotFound, "process \"\" of container \"{id}\" has ended");
+const NOT_ADDED: Answer = Refused(Code::NotFound, "no file system \"nothing\" was added");
 const SET_UP: Answer = Refused(Code::FailedPrecondition, "the pod has been set up before");
 
 /// For a container that can have more processes only while it runs.
@@ -104,6 +105,8 @@ const TABLE: &[(&str, [Answer; 6])] = &[
     ("Dial", [Stays; 6]),
     ("ReadFile", [ABSENT, Stays, Stays, Stays, Stays, Stays]),
     ("UpdateVolume", [Stays; 6]),
+    ("AddFilesystem", only_running("Mount")),
+    ("RemoveFilesystem", [NOT_ADDED; 6]),
     ("CopyOut", only_running("Copy")),
     ("CopyIn", only_running("Copy")),
     ("Shutdown", [Ends; 6]),
@@ -134,6 +137,8 @@ const NO_POD: &[(&str, [Answer; 2])] = {
         ("Dial", [Stays; 2]),
         ("ReadFile", [ABSENT; 2]),
         ("UpdateVolume", [NOT_YET, NEVER]),
+        ("AddFilesystem", [NOT_YET, NEVER]),
+        ("RemoveFilesystem", [NOT_YET, NEVER]),
         ("CopyOut", [ABSENT; 2]),
         ("CopyIn", [ABSENT; 2]),
         ("Shutdown", [Ends; 2]),
@@ -332,6 +337,30 @@ pub(crate) async fn call(guest: &Guest, rpc: &str, id: &str, exec: &str) -> Resu
             let files = Some(files(&[("a", "x", 0o644)]));
             let request = wire::UpdateVolumeRequest { name: "files".into(), files };
             drop(client.update_volume(request).await?);
+        }
+        "AddFilesystem" => {
+            let name = "late".to_owned();
+            let filesystem = wire::Filesystem {
+                name: name.clone(),
+                disk_serial: "late".into(),
+                fstype: "ext4".into(),
+                read_only: false,
+            };
+            let request = wire::AddFilesystemRequest {
+                filesystem: Some(filesystem),
+                device: 0,
+                container_id: id.into(),
+                path: "/late".into(),
+            };
+            drop(client.add_filesystem(request.clone()).await?);
+            let twice = client.add_filesystem(request).await.unwrap_err();
+            assert_eq!(twice.code(), Code::AlreadyExists);
+            // So that nothing is left of it.
+            drop(client.remove_filesystem(wire::RemoveFilesystemRequest { name }).await?);
+        }
+        "RemoveFilesystem" => {
+            let request = wire::RemoveFilesystemRequest { name: "nothing".into() };
+            drop(client.remove_filesystem(request).await?);
         }
         "CopyOut" => drop(out(guest, id, "/etc/passwd").await?),
         "CopyIn" => {

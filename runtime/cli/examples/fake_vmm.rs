@@ -371,6 +371,20 @@ impl Agent for Fake {
         Err(Status::not_found("there are no files"))
     }
 
+    async fn add_filesystem(
+        &self,
+        _: Request<proto::AddFilesystemRequest>,
+    ) -> Answer<proto::AddFilesystemResponse> {
+        Err(Status::unimplemented("disks"))
+    }
+
+    async fn remove_filesystem(
+        &self,
+        _: Request<proto::RemoveFilesystemRequest>,
+    ) -> Answer<proto::RemoveFilesystemResponse> {
+        Err(Status::unimplemented("disks"))
+    }
+
     async fn update_volume(
         &self,
         request: Request<proto::UpdateVolumeRequest>,

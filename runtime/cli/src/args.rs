@@ -19,6 +19,7 @@ use crate::pods::completion::CompletionArgs;
 use crate::pods::console::ConsoleArgs;
 use crate::pods::cp::CpArgs;
 use crate::pods::debug::DebugArgs;
+use crate::pods::disk::DiskArgs;
 use crate::pods::events::EventsArgs;
 use crate::pods::exec::ExecArgs;
 use crate::pods::inspect::InspectArgs;
@@ -78,6 +79,7 @@ pub(crate) enum Command {
     Events(EventsArgs),
     Stats(StatsArgs),
     Top(TopArgs),
+    Disk(DiskArgs),
     Pause(PauseArgs),
     Unpause(UnpauseArgs),
     Console(ConsoleArgs),

@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         Command::Events(args) => pods::events::run(&global, &args),
         Command::Stats(args) => pods::stats::run(&global, &args),
         Command::Top(args) => pods::top::run(&global, &args),
+        Command::Disk(args) => pods::disk::run(&global, &args),
         Command::Pause(args) => pods::pause::pause(&global, &args),
         Command::Unpause(args) => pods::pause::unpause(&global, &args),
         Command::Console(args) => pods::console::run(&global, &args),

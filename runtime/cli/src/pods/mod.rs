@@ -6,6 +6,7 @@ pub(crate) mod completion;
 pub(crate) mod console;
 pub(crate) mod cp;
 pub(crate) mod debug;
+pub(crate) mod disk;
 mod escape;
 pub(crate) mod events;
 pub(crate) mod exec;

@@ -66,6 +66,30 @@ impl Guest {
         Ok(())
     }
 
+    /// Has the guest find a disk that the VM was given, and show its file system to a container.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn add_filesystem(
+        &self,
+        request: proto::AddFilesystemRequest,
+    ) -> Result<(), GuestError> {
+        let proto::AddFilesystemResponse {} =
+            call!(self, add_filesystem, "AddFilesystem", request)?;
+        Ok(())
+    }
+
+    /// Has the guest let go of a file system that was added, and of its disk.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn remove_filesystem(&self, name: &str) -> Result<(), GuestError> {
+        let request = proto::RemoveFilesystemRequest { name: name.to_owned() };
+        let proto::RemoveFilesystemResponse {} =
+            call!(self, remove_filesystem, "RemoveFilesystem", request)?;
+        Ok(())
+    }
+
     /// The processes of a container. Their texts are cleaned.
     ///
     /// # Errors

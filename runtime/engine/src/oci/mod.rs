@@ -32,6 +32,7 @@ use crate::types::{ContainerSpec, PodSpec, ProcMount};
 pub use environment::EnvError;
 pub(crate) use environment::probe_command;
 pub use mounts::SubPathError;
+pub(crate) use mounts::disk_mount;
 pub use user::UserError;
 
 /// The version of the runtime specification that the configuration follows.

@@ -197,6 +197,15 @@ pub(super) fn debug() -> Result<Vec<Mount>, OciSpecError> {
     Ok(mounts)
 }
 
+/// The mount of a disk's file system, which is at `source` in the guest.
+pub(crate) fn disk_mount(
+    destination: &str,
+    source: &str,
+    read_only: bool,
+) -> Result<Mount, OciSpecError> {
+    bind(destination, source, &[if read_only { "ro" } else { "rw" }])
+}
+
 fn system(
     destination: &str,
     typ: &str,

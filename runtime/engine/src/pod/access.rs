@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::actor::chain;
 use super::debug::Remover;
+use super::disks::DiskError;
 use super::input::Input;
 use super::runtime::GuestRuntime;
 use crate::guest::{
@@ -41,6 +42,9 @@ pub enum AccessError {
          IMAGE holds the tools, e.g. a shell"
     )]
     NoDebugging,
+    /// A disk cannot be attached or detached.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The process cannot be described to the agent.
     #[error("cannot describe the process: {0}")]
     Describe(String),

@@ -9,6 +9,7 @@ mod backoff;
 mod changes;
 mod check;
 mod debug;
+mod disks;
 mod images;
 mod input;
 mod last_words;
@@ -36,6 +37,7 @@ pub use self::access::{
 };
 pub(crate) use self::actor::chain;
 use self::actor::{Actor, Clock, Command};
+pub use self::disks::{DiskAttachment, DiskError};
 pub use self::images::{ImageError, Images, ResolvedImage, Resolving};
 pub use self::input::Input;
 pub use self::logs::{LogChunk, Stream};

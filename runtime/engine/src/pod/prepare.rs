@@ -260,6 +260,7 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         logs,
         inputs: super::input::Inputs::default(),
         starts: Mutex::default(),
+        disks: Default::default(),
         checks: AtomicU64::default(),
         timeline: timeline.clone(),
         findings: findings.clone(),

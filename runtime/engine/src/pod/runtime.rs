@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use super::actor::{Answer, Runtime, StopBy, Turn, chain};
 use super::changes::Changes;
 use super::debug;
+use super::disks::Disks;
 use super::images::ResolvedImage;
 use super::input::{self, Inputs};
 use super::last_words::{self, Tail, Tee};
@@ -60,6 +61,8 @@ pub(super) struct Parts {
     pub(super) inputs: Inputs,
     /// How often each container was started.
     pub(super) starts: Mutex<HashMap<Index, u32>>,
+    /// What it was given while it runs.
+    pub(super) disks: Disks,
     /// How many commands were run for probes and hooks.
     pub(super) checks: AtomicU64,
     pub(super) timeline: Timeline,
@@ -99,6 +102,10 @@ impl GuestRuntime {
 
     pub(super) fn guest(&self) -> &Guest {
         &self.0.guest
+    }
+
+    pub(super) fn disks(&self) -> &Disks {
+        &self.0.disks
     }
 
     /// The pod's own address, if it has one.
@@ -142,7 +149,10 @@ impl GuestRuntime {
     ) -> Result<(Vec<u8>, husk_proto::agent::Rootfs), StartFailure> {
         let root = self.0.layout.root(&container.name).ok_or_else(|| refused("it has no root"))?;
         self.0.changes.start(&container.name);
-        let config = self.config(container)?;
+        let mut config = self.config(container)?;
+        let late = self.0.disks.mounts(&container.name);
+        let late = late.map_err(|error| refused(&chain(&error)))?;
+        config.set_mounts(Some([config.mounts().clone().unwrap_or_default(), late].concat()));
         let config = serde_json::to_vec(&config).map_err(|error| refused(&chain(&error)))?;
         Ok((config, root.clone()))
     }

@@ -80,6 +80,7 @@ pub(crate) fn access(spec: Arc<PodSpec>, guest: Option<Guest>) -> PodAccess {
             logs: mpsc::channel(1).0,
             inputs: Default::default(),
             starts: Mutex::default(),
+            disks: Default::default(),
             checks: AtomicU64::default(),
             timeline: Timeline::new(),
             findings: SharedFindings::default(),

@@ -10,6 +10,7 @@
 //! they vanish with the VM, whatever ends it.
 
 pub mod ext4;
+pub mod host_disk;
 mod sparse;
 
 use std::collections::BTreeMap;

@@ -5,6 +5,7 @@
 
 mod attach;
 mod copy;
+mod disk;
 mod exec;
 mod kernel_log;
 mod port_forward;
@@ -276,6 +277,20 @@ impl Service for Served {
         let wire::ResumeRequest { containers } = request.into_inner();
         self.set_paused(containers, false).await?;
         Ok(Response::new(wire::ResumeResponse {}))
+    }
+
+    async fn attach_disk(
+        &self,
+        request: Request<wire::AttachDiskRequest>,
+    ) -> Result<Response<wire::AttachDiskResponse>, Status> {
+        disk::attach(&self.access, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn detach_disk(
+        &self,
+        request: Request<wire::DetachDiskRequest>,
+    ) -> Result<Response<wire::DetachDiskResponse>, Status> {
+        disk::detach(&self.access, request.into_inner()).await.map(Response::new)
     }
 
     type CopyOutStream = Answers<wire::Data>;

@@ -4,7 +4,8 @@ use tonic::{Code, Status};
 
 use crate::guest::GuestError;
 use crate::holder::apply::ApplyError;
-use crate::pod::AccessError;
+use crate::pod::{AccessError, DiskError};
+use crate::vm::VmError;
 
 /// Longest text of a status, in bytes. It repeats what the command or the guest said, and travels in
 /// headers, of which a command takes 16 KiB; escaped there, a byte can become three.
@@ -35,9 +36,24 @@ pub(super) fn refused(error: &AccessError) -> Status {
         AccessError::NoContainer { .. } => Code::NotFound,
         AccessError::NoDebugging => Code::FailedPrecondition,
         AccessError::Describe(_) => Code::InvalidArgument,
+        AccessError::Disk(error) => return disk_refused(error),
         AccessError::Guest(error) => return refused_by_guest(error),
     };
     status(code, &error.to_string())
+}
+
+/// Of a disk that cannot be attached or detached.
+fn disk_refused(error: &DiskError) -> Status {
+    let code = match error {
+        DiskError::Name { .. } | DiskError::MountPath { .. } => Code::InvalidArgument,
+        DiskError::Exists { .. } => Code::AlreadyExists,
+        DiskError::NotAttached { .. } => Code::NotFound,
+        DiskError::Changing { .. } | DiskError::Host(_) | DiskError::Vm(VmError::Disk { .. }) => {
+            Code::FailedPrecondition
+        }
+        DiskError::Vm(_) => Code::Unavailable,
+    };
+    status(code, &crate::holder::chain(error))
 }
 
 /// Of documents that the pod does not take over.

@@ -64,6 +64,11 @@ const TABLE: &[(&str, [Answer; 3])] = {
         ("KernelLog", OF_GUEST),
         ("Pause", OF_GUEST),
         ("Resume", OF_GUEST),
+        (
+            "AttachDisk",
+            [GONE, Refused(Code::FailedPrecondition, "cannot open disk /no/such/disk: "), GONE],
+        ),
+        ("DetachDisk", [GONE, Refused(Code::NotFound, "the pod has no disk \"x\""), GONE]),
         ("CopyOut", OF_GUEST),
         ("CopyIn", OF_GUEST),
         ("PortForward", OF_GUEST),
@@ -246,6 +251,19 @@ impl Pod {
             }
             "Pause" => drop(client.pause(wire::PauseRequest { containers }).await?),
             "Resume" => drop(client.resume(wire::ResumeRequest { containers }).await?),
+            "AttachDisk" => {
+                let request = wire::AttachDiskRequest {
+                    name: "x".into(),
+                    path: "/no/such/disk".into(),
+                    container,
+                    mount_path: "/mnt".into(),
+                    ..Default::default()
+                };
+                drop(client.attach_disk(request).await?);
+            }
+            "DetachDisk" => {
+                drop(client.detach_disk(wire::DetachDiskRequest { name: "x".into() }).await?);
+            }
             "CopyOut" => {
                 let answers = client.copy_out(wire::CopyOutRequest { container, path }).await?;
                 drop(answers.into_inner().message().await?.expect("an answer"));
@@ -352,7 +370,8 @@ async fn all_calls(pod: &Pod, column: usize, state: State) {
 
 #[tokio::test]
 async fn a_container_that_the_pod_does_not_have_is_not_found_whatever_its_name() {
-    const OF_THE_POD: [&str; 6] = ["Stop", "Wait", "Stats", "KernelLog", "PortForward", "Apply"];
+    const OF_THE_POD: [&str; 7] =
+        ["Stop", "Wait", "Stats", "KernelLog", "PortForward", "Apply", "DetachDisk"];
     let (guest, _vmm) = guest(Agent::Refuses("the guest was asked")).await;
     let pod = Pod::new(Some(guest)).await;
     let long = "\u{20ac}".repeat(1 << 18);

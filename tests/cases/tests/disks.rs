@@ -1,0 +1,144 @@
+//! Disks that running pods are given and give back.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use husk_cases::background::{Pod, text};
+
+const CONTAINER: &str = "
+  - name: main
+    image: localhost/husk/busybox:test
+    command: [sleep, '100000']
+    resources: {limits: {memory: 128Mi, cpu: 1}}
+";
+
+/// As many disks as a running VM can be given.
+const PLACES: usize = 8;
+
+fn run(program: &str, args: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(args).output()?;
+    ensure!(output.status.success(), "{program} {args:?}: {}", text(&output.stderr));
+    Ok(text(&output.stdout))
+}
+
+/// An image with an ext4 file system, in which there is a file `hello` and 4 MiB of `noise`.
+fn image(dir: &Path, name: &str) -> Result<PathBuf> {
+    let (path, content) = (dir.join(name), dir.join("content"));
+    std::fs::create_dir_all(&content)?;
+    std::fs::write(content.join("hello"), format!("from {name}\n"))?;
+    std::fs::write(content.join("noise"), vec![0x5a; 4 << 20])?;
+    File::create(&path)?.set_len(16 << 20)?;
+    let (path_text, content) = (path.display().to_string(), content.display().to_string());
+    run("mkfs.ext4", &["-q", "-F", "-d", &content, &path_text])?;
+    Ok(path)
+}
+
+/// What was refused, in words.
+fn refused(pod: &Pod, args: &[&str]) -> Result<String> {
+    let output = pod.husk.output(args)?;
+    ensure!(!output.status.success(), "{args:?} was not refused: {}", text(&output.stdout));
+    Ok(text(&output.stderr))
+}
+
+fn shell(pod: &Pod, script: &str) -> Result<String> {
+    let output = pod.exec(&["sh", "-c", script])?;
+    ensure!(output.status.success(), "{script}: {}", text(&output.stderr));
+    Ok(text(&output.stdout))
+}
+
+#[test]
+fn a_running_pod_gets_disks_and_gives_them_back() -> Result<()> {
+    let pod = Pod::up("case-disks", CONTAINER, &[])?;
+    let dir = tempfile::tempdir()?;
+    let path = image(dir.path(), "data.img")?;
+    let path = path.to_str().unwrap_or_default();
+    let attach = ["disk", "attach", pod.name, path, "--mount", "main:/mnt/data"];
+    for round in 0..2 {
+        ensure!(pod.ok(&attach)? == "data\n");
+        ensure!(shell(&pod, "cat /mnt/data/hello")? == "from data.img\n");
+        shell(&pod, &format!("echo {round} > /mnt/data/round"))?;
+
+        // One user that writes.
+        let again =
+            ["disk", "attach", pod.name, path, "--mount", "/x", "--name", "x", "--read-only"];
+        let holder = pod.holder()?.as_raw_nonzero();
+        let words = refused(&pod, &again)?;
+        ensure!(words.contains(&format!("{path} is in use by process {holder} (")), "{words}");
+
+        // A disk that is in use stays.
+        shell(&pod, "cd /mnt/data; sleep 1000 > /dev/null 2>&1 & echo $! > /tmp/user")?;
+        let words = refused(&pod, &["disk", "detach", pod.name, "data"])?;
+        ensure!(words.contains("is in use"), "{words}");
+        shell(&pod, "cat /mnt/data/hello && kill $(cat /tmp/user)")?;
+        pod.until("the disk is free", |pod| {
+            Ok(pod.husk.output(&["disk", "detach", pod.name, "data"])?.status.success())
+        })?;
+        ensure!(shell(&pod, "ls /mnt/data")?.is_empty());
+        // Nobody has it open, and what was written is on it.
+        ensure!(run("debugfs", &["-R", "cat /round", path])? == format!("{round}\n"));
+        run("e2fsck", &["-f", "-n", path])?;
+        let words = refused(&pod, &["disk", "detach", pod.name, "data"])?;
+        ensure!(words.contains("the pod has no disk \"data\""), "{words}");
+    }
+    pod.ok(&["stop", pod.name])?;
+    pod.gone()
+}
+
+#[test]
+fn disks_beyond_the_last_place_and_what_is_no_disk_are_refused() -> Result<()> {
+    let pod = Pod::up("case-places", CONTAINER, &[])?;
+    let dir = tempfile::tempdir()?;
+    let path = image(dir.path(), "shared.img")?;
+    let attach = |name: &str, path: &Path| -> Vec<String> {
+        let (path, mount) = (path.display().to_string(), format!("/mnt/{name}"));
+        ["disk", "attach", pod.name, &path, "--read-only", "--name", name, "--mount", &mount]
+            .map(str::to_owned)
+            .to_vec()
+    };
+    let with = |args: Vec<String>, act: &dyn Fn(&[&str]) -> Result<String>| {
+        act(&args.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let ok = |args: &[&str]| pod.ok(args);
+    let no = |args: &[&str]| refused(&pod, args);
+
+    let xfs = dir.path().join("xfs.img");
+    File::create(&xfs)?.write_all_at(b"XFSB", 0)?;
+    File::options().write(true).open(&xfs)?.set_len(1 << 20)?;
+    let words = with(attach("xfs", &xfs), &no)?;
+    ensure!(words.contains("holds xfs; husk mounts ext4 and erofs"), "{words}");
+    let words = with(attach("null", Path::new("/dev/null")), &no)?;
+    ensure!(words.contains("neither a regular file nor a block device"), "{words}");
+
+    // Any number may read one disk.
+    for place in 0..PLACES {
+        with(attach(&format!("d{place}"), &path), &ok)?;
+    }
+    let words = with(attach("more", &path), &no)?;
+    ensure!(words.contains(&format!("all {PLACES} places")), "{words}");
+    let all = shell(&pod, "cat /mnt/d*/hello; touch /mnt/d0/x 2>&1 || true")?;
+    ensure!(all.matches("from shared.img").count() == PLACES, "{all}");
+    ensure!(all.contains("Read-only file system"), "{all}");
+    pod.ok(&["disk", "detach", pod.name, "d3"])?;
+    with(attach("more", &path), &ok)?;
+    ensure!(shell(&pod, "cat /mnt/more/hello")? == "from shared.img\n");
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_is_truncated_gives_errors_and_the_pod_lives_on() -> Result<()> {
+    let pod = Pod::up("case-truncated", CONTAINER, &[])?;
+    let dir = tempfile::tempdir()?;
+    let path = image(dir.path(), "short.img")?;
+    let path_text = path.to_str().unwrap_or_default();
+    pod.ok(&["disk", "attach", pod.name, path_text, "--read-only", "--mount", "/mnt"])?;
+    File::options().write(true).open(&path)?.set_len(64 << 10)?;
+    let words = shell(&pod, "cat /mnt/noise 2>&1 > /dev/null || true")?;
+    ensure!(words.contains("Input/output error") || words.contains("I/O error"), "{words}");
+    ensure!(shell(&pod, "echo alive")? == "alive\n");
+    pod.ok(&["disk", "detach", pod.name, "short"])?;
+    ensure!(shell(&pod, "ls /mnt; echo alive")? == "alive\n");
+    Ok(())
+}
