@@ -7,7 +7,7 @@
 
 mod frontend;
 mod handler;
-mod orphan;
+pub mod orphan;
 pub mod protocol;
 
 use std::os::fd::OwnedFd;

@@ -17,11 +17,11 @@ const UNIQUE: u32 = 8;
 /// Length of `struct fuse_out_header`.
 const OUT_HEADER_LEN: u32 = 16;
 /// What every request is answered with: "Transport endpoint is not connected".
-pub(super) const ERROR: i32 = -libc::ENOTCONN;
+pub const ERROR: i32 = -libc::ENOTCONN;
 
 /// A queue without a server.
 #[derive(Debug)]
-pub(super) struct Orphan(Virtqueue);
+pub struct Orphan(Virtqueue);
 
 impl Orphan {
     /// Takes a queue over, with the requests that its server has not answered. The server answered
@@ -29,7 +29,7 @@ impl Orphan {
     ///
     /// # Errors
     /// [`GuestFault::Rings`].
-    pub(super) fn adopt(
+    pub fn adopt(
         memory: GuestMemory,
         mut queue: Queue,
         interrupt: Interrupt,
@@ -47,7 +47,7 @@ impl Orphan {
     ///
     /// # Errors
     /// The guest's fault; stop using the queue then.
-    pub(super) fn serve(&mut self) -> Result<Progress, GuestFault> {
+    pub fn serve(&mut self) -> Result<Progress, GuestFault> {
         self.0.serve(Notify::AtEnd, refuse)
     }
 }
