@@ -463,6 +463,41 @@ pub enum VolumeSource {
     /// Small files that can only be read: of ConfigMaps, Secrets and the pod's own fields. Paths
     /// are unique, and none is below another.
     Files(Vec<FileSpec>),
+    /// A file or directory of the host.
+    HostPath {
+        /// Where; absolute, without `..`.
+        path: PathBuf,
+        /// What must be there, or is made.
+        kind: HostPathType,
+    },
+}
+
+/// What must be at a path of the host, as Kubernetes names it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum HostPathType {
+    /// A file or a directory.
+    #[default]
+    Any,
+    /// A directory, which is made if nothing is there.
+    DirectoryOrCreate,
+    /// A directory.
+    Directory,
+    /// A file, which is made if nothing is there.
+    FileOrCreate,
+    /// A file.
+    File,
+}
+
+impl std::fmt::Display for HostPathType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            HostPathType::Any => "\"\"",
+            HostPathType::DirectoryOrCreate => "DirectoryOrCreate",
+            HostPathType::Directory => "Directory",
+            HostPathType::FileOrCreate => "FileOrCreate",
+            HostPathType::File => "File",
+        })
+    }
 }
 
 /// A file of a volume.

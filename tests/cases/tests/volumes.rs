@@ -4,6 +4,8 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -216,5 +218,192 @@ fn mounts_inside_a_volume_spread_and_are_read_only_as_they_are_told() -> Result<
     let free = |line: &str| line.split_once(' ')?.1.parse::<u64>().ok();
     let free = free(disk).context("no number")?;
     assert!((30 << 10..=32 << 10).contains(&free), "{disk}");
+    Ok(())
+}
+
+/// A user without rights and a privileged one, on directories and a file of the host. `DIR` is the
+/// test's directory there.
+const HOSTED: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: hosted}
+spec:
+  restartPolicy: Never
+  terminationGracePeriodSeconds: 1
+  securityContext: {fsGroup: 7000, supplementalGroups: [4000]}
+  volumes:
+  - {name: new, hostPath: {path: DIR/new/deep, type: DirectoryOrCreate}}
+  - {name: data, hostPath: {path: DIR/data, type: Directory}}
+  - {name: file, hostPath: {path: DIR/file, type: FileOrCreate}}
+  - {name: fixed, hostPath: {path: DIR/fixed}}
+  containers:
+  - name: user
+    image: localhost/husk/busybox:test
+    command: [sleep, '3600']
+    securityContext: {runAsUser: 1000, runAsGroup: 1000}
+    volumeMounts:
+    - {name: data, mountPath: /data}
+    - {name: fixed, mountPath: /fixed, readOnly: true}
+  - name: root
+    image: localhost/husk/busybox:test
+    command: [sleep, '3600']
+    securityContext: {privileged: true}
+    volumeMounts:
+    - {name: new, mountPath: /new}
+    - {name: new, mountPath: /part, subPath: a/b}
+    - {name: data, mountPath: /data, readOnly: true}
+    - {name: file, mountPath: /file}
+    - {name: fixed, mountPath: /fixed, readOnly: true}
+"#;
+
+#[test]
+fn files_of_the_host_are_shared_both_ways_with_their_owners_and_no_further() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let at = |name: &str| directory.path().join(name);
+    let mode = |name: &str, mode| fs::set_permissions(at(name), fs::Permissions::from_mode(mode));
+    for name in ["data", "fixed"] {
+        fs::create_dir(at(name))?;
+    }
+    // The user reaches it by its supplementary group alone.
+    chown(at("data"), None, Some(4000))?;
+    mode("data", 0o2770)?;
+    fs::write(at("data/greeting"), "from the host\n")?;
+    fs::write(at("fixed/f"), "fixed\n")?;
+    fs::write(at("secret"), "beside the share\n")?;
+    symlink(at("secret"), at("data/link"))?;
+    symlink("../secret", at("data/up"))?;
+    let manifest = HOSTED.replace("DIR", directory.path().to_str().context("not UTF-8")?);
+    let pod = Pod::of("hosted", &manifest, &[])?;
+    let user = |script: &str| pod.ok(&["exec", "-c", "user", "hosted", "--", "sh", "-c", script]);
+    let root = |script: &str| pod.ok(&["exec", "-c", "root", "hosted", "--", "sh", "-c", script]);
+
+    let said = user("cat /data/greeting; echo mine > /data/mine; stat -c '%u %g' /data/mine")?;
+    ensure!(said == "from the host\n1000 4000\n", "{said}");
+    ensure!(fs::read_to_string(at("data/mine"))? == "mine\n");
+    let made = fs::metadata(at("data/mine"))?;
+    ensure!((made.uid(), made.gid()) == (1000, 4000), "{made:?}");
+    // As in Kubernetes, an fsGroup does not concern what is the host's.
+    let data = fs::metadata(at("data"))?;
+    ensure!((data.gid(), data.mode() & 0o7777) == (4000, 0o2770), "{data:?}");
+
+    let said =
+        root("echo more >> /file; echo part > /part/f; cat /new/a/b/f; touch /new/x && echo x")?;
+    ensure!(said == "part\nx\n", "{said}");
+    ensure!(fs::read_to_string(at("file"))? == "more\n");
+    ensure!(fs::read_to_string(at("new/deep/a/b/f"))? == "part\n");
+    fs::write(at("new/deep/later"), "later\n")?;
+    pod.until("what the host writes later", |_| {
+        Ok(root("cat /new/later 2>/dev/null || true")? == "later\n")
+    })?;
+
+    // A container's own rights do not make writable what the pod may only read.
+    let script = "touch /fixed/x 2>/dev/null || echo no; mount -o remount,bind,rw /fixed; \
+                  touch /fixed/x 2>&1 | grep -o 'Read-only.*'; cat /fixed/f";
+    let said = root(script)?;
+    ensure!(said == "no\nRead-only file system\nfixed\n", "{said}");
+    ensure!(fs::read_dir(at("fixed"))?.count() == 1);
+    // Links lead to the container's own files. A device is the host's, so that it leads nowhere; nor can
+    // one be made.
+    let null = at("new/deep/null");
+    ensure!(Command::new("mknod").arg(&null).args(["c", "1", "3"]).status()?.success());
+    let said = root(
+        "cat /data/link /data/up 2>&1 | grep -c 'No such file'; \
+         cat /new/null 2>&1 | grep -o 'Permission denied'; \
+         mknod /new/zero c 1 5 2>&1 | grep -o 'Operation not permitted'",
+    )?;
+    ensure!(said == "2\nPermission denied\nOperation not permitted\n", "{said}");
+    ensure!(fs::read_to_string(at("secret"))? == "beside the share\n");
+    pod.ok(&["stop", "hosted"])?;
+    pod.gone()
+}
+
+#[test]
+fn a_path_of_the_host_that_is_not_what_it_should_be_is_named() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("none");
+    let path = path.to_str().context("not UTF-8")?;
+    let more = format!("  volumes: [{{name: v, hostPath: {{path: {path}, type: Directory}}}}]");
+    let pod = Husk::shared()?.run(&husk_cases::pods::one("busybox", "true", &more))?;
+    ensure!(pod.report["reason"] == "StorageError", "{:#}", pod.report);
+    let expected = format!(
+        "spec.volumes[0].hostPath: {path}: there is nothing, and type Directory wants a directory; \
+         DirectoryOrCreate makes one"
+    );
+    ensure!(pod.report["message"] == expected.as_str(), "{:#}", pod.report);
+    Ok(())
+}
+
+/// What two containers do with one volume after the other: each adds rows to one database, and counts
+/// in one file under locks of BSD, and in another one under locks of POSIX.
+const WRITER: &str = r#"
+import fcntl, os, sqlite3, sys, time
+ROUNDS = 100
+name = sys.argv[1]
+
+def meet(directory, what):
+    open(f"{directory}/{name}.{what}", "w").close()
+    while not all(os.path.exists(f"{directory}/{n}.{what}") for n in ("one", "two")):
+        time.sleep(0.05)
+
+for volume in ("disk", "memory", "host"):
+    directory = "/v/" + volume
+    meet(directory, "ready")
+    base = sqlite3.connect(directory + "/base", timeout=300, isolation_level=None)
+    while True:
+        try:
+            mode = base.execute("PRAGMA journal_mode=WAL").fetchone()
+            break
+        except sqlite3.OperationalError:
+            time.sleep(0.05)  # The other one changes it right now.
+    assert mode == ("wal",), mode
+    base.execute("CREATE TABLE IF NOT EXISTS t (who TEXT, n INTEGER)")
+    locks = {fcntl.flock: "bsd", fcntl.lockf: "posix"}
+    counters = [
+        (lock, os.open(f"{directory}/{kind}", os.O_RDWR | os.O_CREAT)) for lock, kind in locks.items()
+    ]
+    for n in range(ROUNDS):
+        base.execute("INSERT INTO t VALUES (?, ?)", (name, n))
+        for lock, counter in counters:
+            lock(counter, fcntl.LOCK_EX)
+            count = int(os.pread(counter, 20, 0) or b"0") + 1
+            os.pwrite(counter, b"%20d" % count, 0)
+            lock(counter, fcntl.LOCK_UN)
+    meet(directory, "done")
+    rows = base.execute("SELECT who, count(*) FROM t GROUP BY who ORDER BY who").fetchall()
+    check = base.execute("PRAGMA integrity_check").fetchone()[0]
+    counts = [int(os.pread(counter, 20, 0)) for _, counter in counters]
+    print(volume, rows, check, counts, flush=True)
+"#;
+
+#[test]
+fn two_containers_write_one_database_and_lock_each_other_out_on_every_kind_of_volume() -> Result<()>
+{
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().to_str().context("not UTF-8")?;
+    let mut manifest = format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: case}}\nspec:\n  restartPolicy: Never\n  \
+         volumes:\n  - {{name: disk, emptyDir: {{}}}}\n  \
+         - {{name: memory, emptyDir: {{medium: Memory}}}}\n  \
+         - {{name: host, hostPath: {{path: {path}}}}}\n  containers:\n"
+    );
+    for name in ["one", "two"] {
+        write!(
+            manifest,
+            "  - name: {name}\n    image: localhost/husk/debian:test\n    volumeMounts:\n    \
+             - {{name: disk, mountPath: /v/disk}}\n    - {{name: memory, mountPath: /v/memory}}\n    \
+             - {{name: host, mountPath: /v/host}}\n    command:\n    - python3\n    - -c\n    - |\n"
+        )?;
+        for line in WRITER.lines() {
+            writeln!(manifest, "      {line}")?;
+        }
+        writeln!(manifest, "    - {name}")?;
+    }
+    let pod = Husk::shared()?.run(&manifest)?.succeeded()?;
+    let expected = ["disk", "memory", "host"]
+        .map(|volume| format!("{volume} [('one', 100), ('two', 100)] ok [200, 200]"));
+    for container in ["one", "two"] {
+        ensure!(pod.log(container) == expected, "{}", pod.text);
+    }
+    ensure!(fs::read_to_string(directory.path().join("posix"))?.trim() == "200");
     Ok(())
 }

@@ -435,6 +435,18 @@ const VOLUME: &[Field] = &[
         &[list("items", DOWNWARD_ITEM, ""), yes("defaultMode", "default 0644")],
         "",
     ),
+    object(
+        "hostPath",
+        &[
+            yes("path", "required: absolute, without `..`"),
+            yes(
+                "type",
+                "empty (default): a file or a directory, which must be there; `DirectoryOrCreate`, \
+                 `Directory`, `FileOrCreate`, `File`. No sockets and devices",
+            ),
+        ],
+        "a file or directory of the host, by virtio-fs",
+    ),
     object("projected", &[list("sources", PROJECTION, ""), yes("defaultMode", "default 0644")], ""),
     not_yet("awsElasticBlockStore"),
     not_yet("azureDisk"),
@@ -449,7 +461,6 @@ const VOLUME: &[Field] = &[
     not_yet("gcePersistentDisk"),
     not_yet("gitRepo"),
     not_yet("glusterfs"),
-    not_yet("hostPath"),
     not_yet("image"),
     not_yet("iscsi"),
     not_yet("nfs"),

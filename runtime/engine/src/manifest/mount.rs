@@ -4,7 +4,7 @@ use super::names;
 use super::pod::check;
 use super::problem::Problems;
 use super::view::View;
-use crate::types::{MountPropagation, SubPath, VolumeMount, VolumeSpec};
+use crate::types::{MountPropagation, SubPath, VolumeMount, VolumeSource, VolumeSpec};
 
 /// The mounts of a container of a pod with these volumes; what is wrong is noted.
 pub(super) fn read_all(
@@ -31,7 +31,11 @@ pub(super) fn read_all(
             path.invalid(text, reason, problems);
         }
         let read_only = view.get("readOnly").boolean(problems).unwrap_or_default();
-        let propagation = read_propagation(&view.get("mountPropagation"), privileged, problems);
+        let of_host = volumes.iter().any(|other| {
+            other.name == volume && matches!(other.source, VolumeSource::HostPath { .. })
+        });
+        let propagation =
+            read_propagation(&view.get("mountPropagation"), privileged, of_host, problems);
         let recursive = view.get("recursiveReadOnly");
         mounts.push(VolumeMount {
             volume: volume.into(),
@@ -48,6 +52,7 @@ pub(super) fn read_all(
 fn read_propagation(
     view: &View<'_>,
     privileged: bool,
+    of_host: bool,
     problems: &mut Problems,
 ) -> MountPropagation {
     let kinds = [
@@ -59,6 +64,11 @@ fn read_propagation(
     if propagation == MountPropagation::Bidirectional && !privileged {
         let reason = "only for containers that are privileged";
         view.invalid("Bidirectional", reason, problems);
+    }
+    if propagation != MountPropagation::None && of_host {
+        let reason = "not for a hostPath: mounts do not spread between the kernels of the host and of \
+                      the pod";
+        view.invalid(view.text(&mut problems.fork()).unwrap_or_default(), reason, problems);
     }
     propagation
 }

@@ -44,6 +44,7 @@ mod apply;
 mod checks;
 mod network;
 mod objects;
+mod volumes;
 
 #[test]
 fn defaults_are_those_of_an_api_server() {
@@ -484,8 +485,8 @@ fn what_a_microvm_does_not_share_is_refused_with_the_reason() {
 #[test]
 fn unsupported_volumes_and_sources_are_named_once() {
     refused(
-        &container_with("  volumes: [{name: a, nfs: {server: x}}, {name: b, hostPath: {path: /}}]"),
-        &["spec.volumes[0].nfs: not supported yet", "spec.volumes[1].hostPath: not supported yet"],
+        &container_with("  volumes: [{name: a, nfs: {server: x}}, {name: b, iscsi: {lun: 0}}]"),
+        &["spec.volumes[0].nfs: not supported yet", "spec.volumes[1].iscsi: not supported yet"],
     );
     let text = container_with(
         "    env: [{name: A, valueFrom: {fileKeyRef: {volumeName: s, key: k}}}, {name: B, valueFrom: {}}, \

@@ -130,7 +130,7 @@ impl<'n> View<'n> {
         let text = self.text(problems)?;
         let found = values.iter().find(|(name, _)| *name == text).map(|(_, value)| *value);
         if found.is_none() {
-            let names: Vec<&str> = values.iter().map(|(name, _)| *name).collect();
+            let names: Vec<String> = values.iter().map(|(name, _)| quoted(name)).collect();
             self.invalid(text, format!("must be one of: {}", names.join(", ")), problems);
         }
         found

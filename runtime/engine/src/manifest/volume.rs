@@ -11,7 +11,8 @@ use super::problem::Problems;
 use super::view::View;
 use crate::downward;
 use crate::types::{
-    ContainerSpec, FileContent, FileSpec, Hidden, Medium, PodMetadata, VolumeSource, VolumeSpec,
+    ContainerSpec, FileContent, FileSpec, Hidden, HostPathType, Medium, PodMetadata, VolumeSource,
+    VolumeSpec,
 };
 
 /// Most bytes of all files of a pod's volumes together, names included: they travel to the guest in
@@ -54,7 +55,7 @@ pub(super) fn read_all(
 fn files_of(volume: &VolumeSpec) -> &[FileSpec] {
     match &volume.source {
         VolumeSource::Files(files) => files,
-        VolumeSource::EmptyDir { .. } => &[],
+        VolumeSource::EmptyDir { .. } | VolumeSource::HostPath { .. } => &[],
     }
 }
 
@@ -77,7 +78,8 @@ fn read_source(
     scope: Scope<'_>,
     problems: &mut Problems,
 ) -> VolumeSource {
-    const SOURCES: [&str; 5] = ["emptyDir", "configMap", "secret", "downwardAPI", "projected"];
+    const SOURCES: [&str; 6] =
+        ["emptyDir", "configMap", "secret", "downwardAPI", "projected", "hostPath"];
     let present: Vec<_> = SOURCES.into_iter().filter(|name| view.get(name).is_present()).collect();
     let none = VolumeSource::EmptyDir { medium: Medium::Disk, size_limit: None };
     match present.as_slice() {
@@ -94,6 +96,7 @@ fn read_source(
             match *source {
                 _ if !source_view.is_object(problems) => none,
                 "emptyDir" => read_empty_dir(&source_view, problems),
+                "hostPath" => read_host_path(&source_view, problems),
                 kind => {
                     let paths = BTreeSet::new();
                     let mut files = Files { scope, mode: DEFAULT_MODE, list: Vec::new(), paths };
@@ -119,6 +122,41 @@ fn read_empty_dir(view: &View<'_>, problems: &mut Problems) -> VolumeSource {
         medium,
         size_limit: size_limit.map(|(quantity, _)| quantity.units()).filter(|bytes| *bytes > 0),
     }
+}
+
+fn read_host_path(view: &View<'_>, problems: &mut Problems) -> VolumeSource {
+    let path = view.get("path");
+    let text = path.required_text(problems).unwrap_or_default();
+    check(&path, text, names::absolute_path, problems);
+    let kind = view.get("type");
+    let given = kind.text(&mut problems.fork()).unwrap_or_default();
+    let reason = match given {
+        "Socket" => Some(
+            "a pod has a kernel of its own, from which no server of the host can be reached by a \
+             socket in a file system",
+        ),
+        "CharDevice" => {
+            Some("a pod has a kernel of its own, which does not have the host's devices")
+        }
+        "BlockDevice" => Some(
+            "a pod has a kernel of its own, which does not have the host's devices; husk disk attach \
+             gives a running pod a disk",
+        ),
+        _ => None,
+    };
+    if let Some(reason) = reason {
+        kind.invalid(given, reason, problems);
+        return VolumeSource::HostPath { path: text.into(), kind: HostPathType::Any };
+    }
+    let kinds = [
+        ("", HostPathType::Any),
+        ("DirectoryOrCreate", HostPathType::DirectoryOrCreate),
+        ("Directory", HostPathType::Directory),
+        ("FileOrCreate", HostPathType::FileOrCreate),
+        ("File", HostPathType::File),
+    ];
+    let kind = kind.one_of(&kinds, problems).unwrap_or_default();
+    VolumeSource::HostPath { path: text.into(), kind }
 }
 
 /// The files of a volume, as they are read.

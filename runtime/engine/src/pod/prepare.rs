@@ -36,7 +36,7 @@ use crate::storage::{self, Layer, Layout, StorageError};
 use crate::types::{PodSpec, Rootfs};
 use crate::vm::assets::{self, AssetError};
 use crate::vm::kvm::{self, KvmError};
-use crate::vm::{Disk, FileServer, Nic, Vm, VmError, VmSpec};
+use crate::vm::{Disk, FileServer, Nic, Share, Vm, VmError, VmSpec};
 
 /// Seconds more that a guest may take for each GiB of its memory.
 const START_TIMEOUT_PER_GIB: Duration = Duration::from_secs(1);
@@ -137,11 +137,13 @@ struct HostFiles {
     kernel: OwnedFd,
     initramfs: OwnedFd,
     console: OwnedFd,
+    shares: Vec<Share>,
     run_dir: RunDir,
 }
 
 fn open_host_files(
     config: &Config,
+    spec: &PodSpec,
     uid: &str,
     console: Option<PathBuf>,
 ) -> Result<HostFiles, PrepareError> {
@@ -158,7 +160,9 @@ fn open_host_files(
         })?,
     };
     let console = console.into();
-    Ok(HostFiles { kvm, kernel, initramfs, console, run_dir })
+    // Last, because it can make something.
+    let shares = storage::host_path::open_shares(spec)?;
+    Ok(HostFiles { kvm, kernel, initramfs, console, shares, run_dir })
 }
 
 /// See the module.
@@ -169,9 +173,11 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
     let uid = spec.metadata.uid.clone().unwrap_or_else(new_uid);
     let files = {
         let (config, uid, console) = (config.clone(), uid.clone(), options.console_log.clone());
-        tokio::task::spawn_blocking(move || open_host_files(&config, &uid, console)).await??
+        let spec = spec.clone();
+        let open = move || open_host_files(&config, &spec, &uid, console);
+        tokio::task::spawn_blocking(open).await??
     };
-    let HostFiles { kvm, kernel, initramfs, console, run_dir } = files;
+    let HostFiles { kvm, kernel, initramfs, console, shares, run_dir } = files;
     let file_server =
         FileServer { program: config.file_server.clone(), dir: run_dir.path().to_owned() };
     undo.push("pod directory", move || async move { drop(run_dir) });
@@ -221,7 +227,7 @@ pub(super) async fn prepare(inputs: Inputs<'_>) -> Result<Prepared, PrepareError
         console,
         disks,
         nics: nics.into_iter().map(nic).collect::<Result<_, _>>()?,
-        shares: Vec::new(),
+        shares,
         file_server,
     })
     .await?;

@@ -6,11 +6,15 @@
 //! - A disk-backed emptyDir with a `sizeLimit` is a disk of its own: `df` shows the limit and
 //!   writing more is ENOSPC.
 //!
+//! - A file or directory of the host is no disk but a share, which the guest sees by virtio-fs
+//!   ([`host_path`]).
+//!
 //! [`layout`] is pure; [`Layout::open`] touches the host. Writable disks have no name on the host:
 //! they vanish with the VM, whatever ends it.
 
 pub mod ext4;
 pub mod host_disk;
+pub mod host_path;
 mod sparse;
 
 use std::collections::BTreeMap;
@@ -87,6 +91,15 @@ pub enum StorageError {
     NoSpace {
         /// Where.
         dir: PathBuf,
+    },
+    /// A path of the host cannot be a volume.
+    #[error("{field}")]
+    HostPath {
+        /// The volume's field.
+        field: String,
+        /// Why.
+        #[source]
+        source: host_path::HostPathError,
     },
     /// A step of making a disk failed.
     #[error("cannot {step} {path}")]
@@ -247,6 +260,11 @@ impl Layout {
         use proto::volume::Source as Made;
         let VolumeSpec { name, source } = volume;
         let made = match *source {
+            VolumeSource::HostPath { .. } => {
+                let number = host_path::of(spec).take_while(|(other, ..)| *other < index).count();
+                // No pod has so many volumes.
+                Made::Share(u32::try_from(number).unwrap_or(u32::MAX))
+            }
             VolumeSource::Files(ref files) => Made::Files(self::files(files, spec, uid)),
             VolumeSource::EmptyDir { medium: Medium::Memory, size_limit } => {
                 let memory = u64::from(spec.vm.memory_mib) << 20;
@@ -261,16 +279,13 @@ impl Layout {
                 Made::Filesystem(disk)
             }
         };
-        let mode = match source {
-            VolumeSource::Files(_) => FILES_MODE,
-            VolumeSource::EmptyDir { .. } => EMPTY_DIR_MODE,
+        let (mode, fs_group) = match source {
+            VolumeSource::Files(_) => (FILES_MODE, spec.fs_group),
+            VolumeSource::EmptyDir { .. } => (EMPTY_DIR_MODE, spec.fs_group),
+            // As in Kubernetes, what is the host's keeps its owners and permissions.
+            VolumeSource::HostPath { .. } => (0, None),
         };
-        self.volumes.push(proto::Volume {
-            name: name.clone(),
-            source: Some(made),
-            mode,
-            fs_group: spec.fs_group,
-        });
+        self.volumes.push(proto::Volume { name: name.clone(), source: Some(made), mode, fs_group });
     }
 
     /// The root file system of a container for which layers were given.

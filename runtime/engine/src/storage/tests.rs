@@ -160,3 +160,52 @@ fn volumes_of_files_carry_their_content() {
     assert_eq!(made, expected);
     assert_eq!((layout.volumes[0].mode, layout.volumes[0].fs_group), (0o755, Some(7)));
 }
+
+#[test]
+fn files_of_the_host_are_shares_in_their_order_and_keep_their_owners() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("f");
+    std::fs::write(&file, "").unwrap();
+    let mut spec = crate::pod::stand_in::spec(&["a", "b"]);
+    spec.fs_group = Some(7);
+    let volume = |name: &str, source| VolumeSpec { name: name.into(), source };
+    let of_host = |path: &Path| VolumeSource::HostPath {
+        path: path.into(),
+        kind: crate::types::HostPathType::Any,
+    };
+    let disk = VolumeSource::EmptyDir { medium: Medium::Disk, size_limit: None };
+    spec.volumes = vec![
+        volume("x", of_host(directory.path())),
+        volume("e", disk),
+        volume("y", of_host(&file)),
+        volume("unused", of_host(&file)),
+    ];
+    let mount = |volume: &str, read_only| crate::types::VolumeMount {
+        volume: volume.into(),
+        mount_path: format!("/{volume}"),
+        read_only,
+        recursive_read_only: false,
+        sub_path: None,
+        propagation: Default::default(),
+    };
+    spec.containers[0].volume_mounts = vec![mount("x", true), mount("y", true)];
+    spec.containers[1].volume_mounts = vec![mount("x", true), mount("y", false)];
+
+    let layout = layout(&spec, "u", &BTreeMap::new(), 1 << 30).unwrap();
+    use proto::volume::Source as Made;
+    let made: Vec<_> = layout.volumes.iter().map(|v| v.source.clone().unwrap()).collect();
+    let expected =
+        [Made::Share(0), Made::DirectoryOn("scratch".into()), Made::Share(1), Made::Share(2)];
+    assert_eq!(made, expected);
+    let groups: Vec<_> = layout.volumes.iter().map(|volume| volume.fs_group).collect();
+    assert_eq!(groups, [None, Some(7), None, None]);
+
+    let shares = host_path::open_shares(&spec).unwrap();
+    let shares: Vec<_> = shares.iter().map(|share| (&*share.name, share.read_only)).collect();
+    // The host sees to it that what every container may only read is not written.
+    assert_eq!(shares, [("x", true), ("y", false), ("unused", true)]);
+
+    spec.volumes[2].source = of_host(&directory.path().join("none"));
+    let error = crate::pod::chain(&host_path::open_shares(&spec).unwrap_err());
+    assert!(error.starts_with("spec.volumes[2].hostPath: ") && error.contains("/none: there is"));
+}
