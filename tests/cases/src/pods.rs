@@ -33,25 +33,34 @@ impl Husk {
         }
         let husk = Husk { state: PathBuf::from("/var/lib/husk-cases") };
         std::fs::create_dir_all(&husk.state)?;
+        husk.import(&IMAGES)?;
+        Ok(SHARED.get_or_init(|| husk))
+    }
+
+    /// Imports test images, unless they are there: those that few tests need.
+    ///
+    /// # Errors
+    /// One cannot be imported.
+    pub fn import(&self, images: &[&str]) -> Result<()> {
         // Test binaries of one machine may run at the same time.
-        let lock = File::create(husk.state.join("lock"))?;
+        let lock = File::create(self.state.join("lock"))?;
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
-        for image in IMAGES {
-            let marker = husk.state.join(format!("{image}.imported"));
+        for image in images {
+            let marker = self.state.join(format!("{image}.imported"));
             if !marker.exists() {
                 let layout = place::tree().join("images").join(image);
                 let layout = layout.to_str().context("the tree's path is not UTF-8")?;
                 for name in
                     [format!("localhost/husk/{image}"), format!("localhost/husk/{image}:test")]
                 {
-                    let output = husk.output(&["image", "import", layout, &name])?;
+                    let output = self.output(&["image", "import", layout, &name])?;
                     let text = String::from_utf8_lossy(&output.stderr);
                     ensure!(output.status.success(), "cannot import {image}: {text}");
                 }
                 File::create(marker)?;
             }
         }
-        Ok(SHARED.get_or_init(|| husk))
+        Ok(())
     }
 
     /// One with an empty store of its own, in `state`.

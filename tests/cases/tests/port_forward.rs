@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use husk_cases::pods::Husk;
+use husk_cases::background::Pod;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -36,48 +36,14 @@ sub echo { my $s = shift; my $b; while (sysread($s, $b, 65536)) { syswrite($s, $
 serve('127.0.0.1', 7001, \&whole); serve('0.0.0.0', 7002, \&echo); serve('::1', 7003, \&echo);
 sleep 100000";
 
-/// A pod in the background; removed when this is dropped.
-struct Pod {
-    husk: &'static Husk,
-    name: &'static str,
-}
-
-impl Pod {
-    fn up(name: &'static str, network: &str) -> Result<Pod> {
-        let husk = Husk::shared()?;
-        let script = SERVERS.replace('\n', "\n      ");
-        let manifest = format!(
-            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\nspec:\n  \
-             restartPolicy: Never\n  terminationGracePeriodSeconds: 1\n  containers:\n  \
-             - name: main\n    image: localhost/husk/debian:test\n    command:\n    - perl\n    \
-             - -e\n    - |\n      {script}\n"
-        );
-        let mut child = husk
-            .command(&["run", "-d", "--replace", "--network", network, "-"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        child.stdin.take().context("no input")?.write_all(manifest.as_bytes())?;
-        let output = child.wait_with_output()?;
-        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Ok(Pod { husk, name })
-    }
-
-    fn remove(&self) -> Result<()> {
-        let output = self.husk.output(&["rm", "-f", self.name])?;
-        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Ok(())
-    }
-}
-
-impl Drop for Pod {
-    fn drop(&mut self) {
-        // Also of one that the test has removed.
-        if let Err(error) = self.husk.output(&["rm", "-f", self.name]) {
-            eprintln!("{} stays: {error:#}", self.name);
-        }
-    }
+/// Starts a pod with the servers.
+fn up(name: &'static str, network: &str) -> Result<Pod> {
+    let script = SERVERS.replace('\n', "\n      ");
+    let containers = format!(
+        "  - name: main\n    image: localhost/husk/debian:test\n    command:\n    - perl\n    \
+         - -e\n    - |\n      {script}\n"
+    );
+    Pod::up(name, &containers, &["--replace", "--network", network])
 }
 
 /// `husk port-forward`, killed when this is dropped.
@@ -217,7 +183,7 @@ fn ask_soon(place: SocketAddr, question: &[u8]) -> Result<()> {
 
 #[test]
 fn ports_are_forwarded_to_the_loopback_interface_of_a_pod_without_a_network() -> Result<()> {
-    let pod = Pod::up("forwarded", "none")?;
+    let pod = up("forwarded", "none")?;
     let forward = Forward::to(&pod, &[WHOLE, ECHO, ECHO_V6, NOBODY])?;
     let (v4, v6) = (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST);
     for remote in [WHOLE, ECHO, ECHO_V6] {
@@ -245,7 +211,7 @@ fn ports_are_forwarded_to_the_loopback_interface_of_a_pod_without_a_network() ->
     ensure!(text.contains(&words), "{text}");
 
     let forward = Forward::to(&pod, &[ECHO])?;
-    pod.remove()?;
+    pod.ok(&["rm", "-f", pod.name])?;
     let (code, text) = forward.end()?;
     ensure!(code == Some(125) && text.contains("forwarded has ended"), "{code:?}: {text}");
     Ok(())
@@ -277,7 +243,7 @@ fn many_at_once(place: SocketAddr) -> Result<()> {
 #[test]
 fn localhost_of_the_pods_network_namespace_is_the_guests() -> Result<()> {
     let namespace = Namespace::new("hklocal")?;
-    let pod = Pod::up("localhosts", "/run/netns/hklocal")?;
+    let pod = up("localhosts", "/run/netns/hklocal")?;
     let (v4, v6) = (IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST));
     let ask = |ip: IpAddr, port: u16, question: &[u8]| {
         talk(namespace.connect((ip, port).into())?, question)
@@ -303,7 +269,7 @@ fn localhost_of_the_pods_network_namespace_is_the_guests() -> Result<()> {
     let reset = nobody.read(&mut [0]);
     let is_reset = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
     ensure!(reset.as_ref().is_err_and(is_reset), "{reset:?}");
-    pod.remove()?;
+    pod.ok(&["rm", "-f", pod.name])?;
     let after = namespace.connect((v4, WHOLE).into());
     let is_refused = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
     ensure!(after.as_ref().is_err_and(is_refused), "{after:?}");

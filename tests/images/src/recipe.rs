@@ -47,9 +47,10 @@ const BUSYBOX: &str = include_str!("../recipes/busybox");
 const NGINX: &str = include_str!("../recipes/nginx");
 const NGINX_CONFIG: &str = include_str!("../recipes/nginx-config");
 const REDIS: &str = include_str!("../recipes/redis");
+const NETWORK: &str = include_str!("../recipes/network");
 
 /// The images that [`ensure_built`] makes.
-pub const NAMES: [&str; 4] = ["busybox", "debian", "nginx", "redis"];
+pub const NAMES: [&str; 5] = ["busybox", "debian", "nginx", "redis", "network"];
 
 /// Name of the Docker archive of busybox beside the layouts.
 pub const BUSYBOX_ARCHIVE: &str = "busybox.tar";
@@ -87,7 +88,7 @@ fn cache_key() -> String {
     for part in BASE_PACKAGES.iter().chain(&BASE_REMOVED).chain(&BASE_EMPTY) {
         key.add(part);
     }
-    for part in [BASE_DPKG, PRELUDE, IN_OVERLAY, BUSYBOX, NGINX, NGINX_CONFIG, REDIS] {
+    for part in [BASE_DPKG, PRELUDE, IN_OVERLAY, BUSYBOX, NGINX, NGINX_CONFIG, REDIS, NETWORK] {
         key.add(part);
     }
     for image in NAMES {
@@ -147,17 +148,20 @@ impl<'a> Builder<'a> {
         let nginx = self.changes("nginx", &[&base], NGINX)?;
         let nginx_config = self.changes("nginx-config", &[&nginx, &base], NGINX_CONFIG)?;
         let redis = self.changes("redis", &[&base], REDIS)?;
+        let network = self.changes("network", &[&base], NETWORK)?;
 
         let busybox = self.layer(&busybox, Compression::Gzip)?;
         let base = self.layer(&base, Compression::Gzip)?;
         let nginx = self.layer(&nginx, Compression::Gzip)?;
         let nginx_config = self.layer(&nginx_config, Compression::Gzip)?;
         let redis = self.layer(&redis, Compression::Zstd)?;
+        let network = self.layer(&network, Compression::Gzip)?;
 
         self.image("busybox", std::slice::from_ref(&busybox))?;
         self.image("debian", std::slice::from_ref(&base))?;
         self.image("nginx", &[base.clone(), nginx, nginx_config])?;
-        self.image("redis", &[base, redis])?;
+        self.image("redis", &[base.clone(), redis])?;
+        self.image("network", &[base, network])?;
         let archive = self.output.join(BUSYBOX_ARCHIVE);
         archive::write(&archive, "busybox", &run_config("busybox"), &[busybox])?;
         remove_tree(&self.scratch)?;
@@ -237,7 +241,7 @@ mod tests {
 
     #[test]
     fn recipes_fit_a_pipe() {
-        for recipe in [BUSYBOX, NGINX, NGINX_CONFIG, REDIS] {
+        for recipe in [BUSYBOX, NGINX, NGINX_CONFIG, REDIS, NETWORK] {
             assert!(PRELUDE.len() + recipe.len() < 60_000);
         }
     }
