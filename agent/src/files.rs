@@ -22,9 +22,16 @@ const DATA: &str = "..data";
 /// The next such link, before it is renamed.
 const NEXT_DATA: &str = "..data_tmp";
 
-/// Size of the file system of such a volume, in bytes: a request with all files of a pod fits into
-/// it twice.
-pub(crate) const VOLUME_SIZE: u64 = 16 << 20;
+/// Least size of the file system of such a volume, in bytes: a request with all files of a pod fits
+/// into it twice, unless they are many small ones.
+const MIN_VOLUME_SIZE: u64 = 16 << 20;
+
+/// Size of the file system of such a volume in a guest with so much memory, both in bytes. A file takes a
+/// page at least, so that thousands of small ones are larger than their content; an update needs room
+/// for the old ones and the new.
+pub(crate) fn volume_size(memory: u64) -> u64 {
+    MIN_VOLUME_SIZE.max(memory / 4)
+}
 
 /// Most files of a volume.
 const MAX_FILES: usize = 100_000;

@@ -239,7 +239,8 @@ pub(crate) fn make_volume(host: &Host, volume: &Volume) -> Result<(), StorageErr
         }
         Some(volume::Source::Files(wanted)) => {
             // Not a part of the agent's own tmpfs, so that its size has a bound.
-            let mount = new_tmpfs(files::VOLUME_SIZE).map_err(failed("mount volume", name))?;
+            let mount = new_tmpfs(files::volume_size(memory_size()))
+                .map_err(failed("mount volume", name))?;
             attach(&mount, &target).map_err(failed("mount volume", name))?;
             files::replace(&target, wanted, volume.fs_group)
                 .map_err(failed("write the files of volume", name))?;
@@ -285,6 +286,12 @@ pub(crate) fn update_volume(
     files::check(wanted)?;
     files::replace(&Path::new(guest::VOLUMES).join(name), wanted, *group)
         .map_err(failed("write the files of volume", name))
+}
+
+/// The guest's memory in bytes.
+fn memory_size() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram.saturating_mul(info.mem_unit.into())
 }
 
 /// A tmpfs with a size in bytes; 0 for half of the memory.

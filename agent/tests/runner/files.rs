@@ -61,6 +61,25 @@ async fn an_update_is_seen_at_once_and_whole_except_through_a_part() {
 }
 
 #[tokio::test]
+async fn thousands_of_small_files_can_be_replaced() {
+    let guest = Guest::boot().await;
+    let many = |content: &str| {
+        let file = |n: usize| wire::VolumeFile {
+            path: format!("key-{n}"),
+            content: content.into(),
+            mode: 0o644,
+        };
+        wire::Files { files: (0..4000).map(file).collect() }
+    };
+    for content in ["old", "new"] {
+        update(&guest, "files", many(content)).await.unwrap();
+    }
+    let script = "ls /f | wc -l; cat /f/* | tr -d '\\n' | wc -c; cat /f/key-3999";
+    let run = guest.run_with("a", with_binds(&["sh", "-c", script], &[VOLUME]), Options::default());
+    assert_eq!(run.await.stdout, "4000\n12000\nnew");
+}
+
+#[tokio::test]
 async fn updates_that_cannot_be_are_refused_and_change_nothing() {
     let guest = Guest::boot().await;
     let code = async |name: &str, path: &str| {

@@ -407,3 +407,35 @@ fn two_containers_write_one_database_and_lock_each_other_out_on_every_kind_of_vo
     ensure!(fs::read_to_string(directory.path().join("posix"))?.trim() == "200");
     Ok(())
 }
+
+#[test]
+fn the_example_serves_files_of_the_host_and_follows_its_configuration() -> Result<()> {
+    const EXAMPLE: &str = include_str!("../../../examples/host-files.yaml");
+    let pages = tempfile::tempdir()?;
+    // For nginx' workers, who have no right to a directory of the test's.
+    fs::set_permissions(pages.path(), fs::Permissions::from_mode(0o755))?;
+    fs::write(pages.path().join("index.html"), "hello\n")?;
+    let manifest = EXAMPLE.replace("/srv/www", pages.path().to_str().context("not UTF-8")?);
+    let pod = Pod::of("host-files", &manifest, &[])?;
+    let fetch = || {
+        let wget = "until wget -qO- http://127.0.0.1/; do sleep 1; done";
+        pod.ok(&["exec", "-c", "client", "host-files", "--", "sh", "-c", wget])
+    };
+    ensure!(fetch()? == "hello\n");
+    fs::write(pages.path().join("index.html"), "hello again\n")?;
+    pod.until("the new page", |_| Ok(fetch()? == "hello again\n"))?;
+
+    let said = |color: &str| {
+        let line = format!("the color is {color}\n");
+        Ok(pod.ok(&["logs", "-c", "watcher", "host-files"])?.ends_with(&line))
+    };
+    pod.until("the first color", |_| said("blue"))?;
+    let changed = pages.path().join("changed.yaml");
+    fs::write(&changed, manifest.replace("color: blue", "color: red"))?;
+    let changed = changed.to_str().context("not UTF-8")?;
+    ensure!(
+        pod.ok(&["apply", "--pod", "host-files", changed])?
+            == "default/host-files: volume settings updated\n"
+    );
+    pod.until("the second color", |_| said("red"))
+}
