@@ -104,14 +104,26 @@ impl Pod {
     /// # Errors
     /// There is none.
     pub fn vmm(&self) -> Result<Pid> {
+        self.child("husk-vmm")?.context("the holder has no VMM")
+    }
+
+    /// The process of this program that the holder started, if there is one.
+    ///
+    /// # Errors
+    /// The holder is gone.
+    pub fn child(&self, program: &str) -> Result<Option<Pid>> {
         let holder = self.holder()?.as_raw_nonzero();
         for thread in std::fs::read_dir(format!("/proc/{holder}/task"))? {
             let children = std::fs::read_to_string(thread?.path().join("children"))?;
-            if let Some(child) = children.split_whitespace().next() {
-                return Pid::from_raw(child.parse()?).context("PID 0");
+            for child in children.split_whitespace() {
+                // One that is gone meanwhile is none.
+                let name = std::fs::read_to_string(format!("/proc/{child}/comm"));
+                if name.is_ok_and(|name| name.trim() == program) {
+                    return Ok(Pid::from_raw(child.parse()?));
+                }
             }
         }
-        anyhow::bail!("the holder has no child")
+        Ok(None)
     }
 
     /// Waits for something that takes a moment.

@@ -10,10 +10,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use husk_cases::background::Pod;
 use husk_cases::files::FileServer;
 use husk_cases::vmm::{Running, Vm};
 use husk_cases::{initramfs, place};
 use husk_vmm_api::{Event, Exit, FsConfig};
+use rustix::process::{Signal, kill_process};
 
 /// Nothing takes longer than this, however slow the machine.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -295,4 +297,46 @@ fn the_file_server_has_few_rights_and_sees_only_the_shares() -> Result<()> {
     guest.finish()?;
     ensure!(fs::metadata(dir.path().join("owned"))?.uid() == 0, "another owner");
     Ok(())
+}
+
+#[test]
+fn a_pod_outlives_its_file_server_and_says_so() -> Result<()> {
+    let dir = directory()?;
+    fs::write(dir.path().join("file"), "x")?;
+    let manifest = format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: orphan}}\nspec:\n  restartPolicy: Never\n  \
+         volumes:\n  - {{name: data, hostPath: {{path: {}}}}}\n  containers:\n  \
+         - name: main\n    image: localhost/husk/busybox:test\n    \
+         command: [sh, -c, 'trap exit TERM; while :; do sleep 1; done']\n    \
+         volumeMounts:\n    - {{name: data, mountPath: /data}}\n",
+        dir.path().display()
+    );
+    let pod = Pod::of("orphan", &manifest, &[])?;
+    ensure!(pod.ok(&["exec", "orphan", "--", "cat", "/data/file"])? == "x");
+    let server = pod.child("husk-fs")?.context("the pod has no file server")?;
+    kill_process(server, Signal::KILL)?;
+    pod.until("the warning", |pod| {
+        let warning = &pod.inspect()?["status"]["warnings"][0];
+        let message = warning["message"].as_str().unwrap_or_default();
+        Ok(warning["reason"] == "FileServerLost" && message.contains("signal: 9"))
+    })?;
+    let failed = pod.exec(&["touch", "/data/new"])?;
+    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+    ensure!(!failed.status.success() && said.contains("not connected"), "{said}");
+    let events = pod.ok(&["events", "--no-follow", "orphan"])?;
+    ensure!(events.matches("FileServerLost").count() == 1, "{events}");
+    ensure!(pod.inspect()?["status"]["phase"] == "Running");
+    pod.ok(&["stop", "orphan"])?;
+    pod.gone()
+}
+
+#[test]
+fn a_pod_that_shares_nothing_has_no_file_server() -> Result<()> {
+    let containers = "  - {name: main, image: localhost/husk/busybox:test, \
+                      command: [sh, -c, 'trap exit TERM; while :; do sleep 1; done']}\n";
+    let pod = Pod::up("alone", containers, &[])?;
+    pod.vmm()?;
+    ensure!(pod.child("husk-fs")?.is_none());
+    pod.ok(&["stop", "alone"])?;
+    pod.gone()
 }
