@@ -252,9 +252,11 @@ pub(crate) fn make_volume(host: &Host, volume: &Volume) -> Result<(), StorageErr
         }
         Some(volume::Source::Filesystem(on)) => {
             let root = mount_point(on);
-            // mkfs.ext4 puts it there; programs that want an empty directory stumble over it. A
-            // file system that has been checked may hold files in it: then it stays.
-            let _stays_if_used = fs::remove_dir(root.join("lost+found"));
+            if volume.mode != 0 {
+                // mkfs.ext4 puts it there; programs that want an empty directory stumble over it. A
+                // file system that has been checked may hold files in it: then it stays.
+                let _stays_if_used = fs::remove_dir(root.join("lost+found"));
+            }
             rustix::mount::mount_bind(&root, &target).map_err(failed("bind volume", name))?;
         }
         Some(volume::Source::Tmpfs(tmpfs)) => {
@@ -262,8 +264,10 @@ pub(crate) fn make_volume(host: &Host, volume: &Volume) -> Result<(), StorageErr
             attach(&mount, &target).map_err(failed("mount volume", name))?;
         }
     }
-    set_owner(&target, volume.mode, volume.fs_group)
-        .map_err(failed("set owner of volume", name))?;
+    if volume.mode != 0 {
+        set_owner(&target, volume.mode, volume.fs_group)
+            .map_err(failed("set owner of volume", name))?;
+    }
     spread(&target, name)
 }
 

@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use crate::storage::host_disk::FsType;
+
 /// A pod, ready to be run.
 ///
 /// Names of containers are unique over init containers and containers together, names of volumes
@@ -463,6 +465,15 @@ pub enum VolumeSource {
     /// Small files that can only be read: of ConfigMaps, Secrets and the pod's own fields. Paths
     /// are unique, and none is below another.
     Files(Vec<FileSpec>),
+    /// The file system of an image file or block device of the host.
+    Disk {
+        /// Where it is; absolute, without `..`.
+        path: PathBuf,
+        /// What is on it.
+        fstype: FsType,
+        /// Whether the pod may only read it, and so may others at the same time.
+        read_only: bool,
+    },
     /// A file or directory of the host.
     HostPath {
         /// Where; absolute, without `..`.

@@ -142,3 +142,54 @@ fn a_disk_that_is_truncated_gives_errors_and_the_pod_lives_on() -> Result<()> {
     ensure!(shell(&pod, "ls /mnt; echo alive")? == "alive\n");
     Ok(())
 }
+
+/// A container with the disk at `path` as a volume.
+fn with_volume(path: &Path, more: &str) -> String {
+    format!(
+        "
+  - name: main
+    image: localhost/husk/busybox:test
+    command: [sleep, '100000']
+    resources: {{limits: {{memory: 128Mi, cpu: 1}}}}
+    volumeMounts: [{{name: disk, mountPath: /disk}}]
+  volumes:
+  - name: disk
+    csi: {{driver: disk.husk.dev{more}, volumeAttributes: {{path: {}}}}}
+",
+        path.display()
+    )
+}
+
+#[test]
+fn a_volume_of_a_disk_has_one_pod_that_writes_or_many_that_read() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = image(dir.path(), "volume.img")?;
+    let pod = Pod::up("case-volume-1", &with_volume(&path, ""), &[])?;
+    ensure!(
+        shell(&pod, "cat /disk/hello; ls -d /disk/lost+found; echo new > /disk/new")?
+            == "from volume.img\n/disk/lost+found\n"
+    );
+
+    let manifest = "apiVersion: v1\nkind: Pod\nmetadata: {name: case-volume-2}\nspec:\n  \
+                    restartPolicy: Never\n  containers:\n"
+        .to_owned();
+    let second = pod.husk.run(&(manifest + &with_volume(&path, ", readOnly: true")))?;
+    let holder = pod.holder()?.as_raw_nonzero();
+    let words = format!("{} is in use by process {holder} (", path.display());
+    let told = format!("{}{}", second.text, second.report);
+    ensure!(second.phase() != "Succeeded" && told.contains(&words), "{told}");
+
+    pod.ok(&["stop", pod.name])?;
+    pod.ok(&["rm", pod.name])?;
+    let path_text = path.to_str().unwrap_or_default();
+    ensure!(run("debugfs", &["-R", "cat /new", path_text])? == "new\n");
+    run("e2fsck", &["-f", "-n", path_text])?;
+
+    let readers = ["case-reader-1", "case-reader-2"]
+        .map(|name| Pod::up(name, &with_volume(&path, ", readOnly: true"), &[]));
+    for reader in readers {
+        let words = shell(&reader?, "cat /disk/new; touch /disk/x 2>&1 || true")?;
+        ensure!(words.starts_with("new\n") && words.contains("Read-only file system"), "{words}");
+    }
+    Ok(())
+}

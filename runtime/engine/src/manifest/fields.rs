@@ -447,13 +447,27 @@ const VOLUME: &[Field] = &[
         ],
         "a file or directory of the host, by virtio-fs",
     ),
+    object(
+        "csi",
+        &[
+            yes(
+                "driver",
+                "required: `disk.husk.dev`, which stands for image files and block devices of the \
+                 host; no other",
+            ),
+            yes("fsType", "`ext4` (default) or `erofs`; nothing is formatted"),
+            yes("readOnly", "default false; must be true for `erofs`"),
+            yes("volumeAttributes", "required: `path`, the absolute path of the file or device"),
+            not_yet("nodePublishSecretRef"),
+        ],
+        "a disk that one pod may write, or any number may read; its owners and permissions stay",
+    ),
     object("projected", &[list("sources", PROJECTION, ""), yes("defaultMode", "default 0644")], ""),
     not_yet("awsElasticBlockStore"),
     not_yet("azureDisk"),
     not_yet("azureFile"),
     not_yet("cephfs"),
     not_yet("cinder"),
-    not_yet("csi"),
     not_yet("ephemeral"),
     not_yet("fc"),
     not_yet("flexVolume"),

@@ -12,6 +12,7 @@
 
 mod apply;
 mod container;
+mod disk;
 mod dns;
 #[cfg(test)]
 mod docs;

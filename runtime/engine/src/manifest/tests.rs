@@ -42,6 +42,7 @@ fn refused(text: &str, expected: &[&str]) {
 
 mod apply;
 mod checks;
+mod disk;
 mod network;
 mod objects;
 mod volumes;

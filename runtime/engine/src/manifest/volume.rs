@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::container::check_container;
+use super::disk::read_disk;
 use super::env::{VOLUME_FIELDS, read_field_ref, read_resource_ref};
 use super::names;
 use super::objects::{Kind, Scope, read_reference};
@@ -55,7 +56,9 @@ pub(super) fn read_all(
 fn files_of(volume: &VolumeSpec) -> &[FileSpec] {
     match &volume.source {
         VolumeSource::Files(files) => files,
-        VolumeSource::EmptyDir { .. } | VolumeSource::HostPath { .. } => &[],
+        VolumeSource::EmptyDir { .. }
+        | VolumeSource::HostPath { .. }
+        | VolumeSource::Disk { .. } => &[],
     }
 }
 
@@ -78,8 +81,8 @@ fn read_source(
     scope: Scope<'_>,
     problems: &mut Problems,
 ) -> VolumeSource {
-    const SOURCES: [&str; 6] =
-        ["emptyDir", "configMap", "secret", "downwardAPI", "projected", "hostPath"];
+    const SOURCES: [&str; 7] =
+        ["emptyDir", "configMap", "secret", "downwardAPI", "projected", "hostPath", "csi"];
     let present: Vec<_> = SOURCES.into_iter().filter(|name| view.get(name).is_present()).collect();
     let none = VolumeSource::EmptyDir { medium: Medium::Disk, size_limit: None };
     match present.as_slice() {
@@ -97,6 +100,7 @@ fn read_source(
                 _ if !source_view.is_object(problems) => none,
                 "emptyDir" => read_empty_dir(&source_view, problems),
                 "hostPath" => read_host_path(&source_view, problems),
+                "csi" => read_disk(&source_view, problems),
                 kind => {
                     let paths = BTreeSet::new();
                     let mut files = Files { scope, mode: DEFAULT_MODE, list: Vec::new(), paths };

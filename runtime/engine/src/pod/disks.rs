@@ -218,12 +218,12 @@ async fn attach(runtime: &GuestRuntime, disk: &DiskAttachment) -> Result<FsType,
     let opened = tokio::task::spawn_blocking(move || {
         let disk = HostDisk::open(&path, read_only)?;
         let fstype = disk.filesystem(fstype)?;
-        Ok::<_, HostDiskError>((disk.into_fd(), fstype))
+        Ok::<_, HostDiskError>((disk.into_file(), fstype))
     });
     let (image, fstype) = opened.await?.map_err(DiskError::from)?;
     let serial = format!("{PREFIX}{name}");
     let (guest, vm) = (runtime.guest(), runtime.guest().vm());
-    let added = vm.add_disk(Disk { serial: serial.clone(), image, read_only }).await;
+    let added = vm.add_disk(Disk { serial: serial.clone(), image: image.into(), read_only }).await;
     let device = added.map_err(DiskError::from)?;
     let filesystem = proto::Filesystem {
         name: serial.clone(),

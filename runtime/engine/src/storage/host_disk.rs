@@ -6,7 +6,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -186,8 +185,8 @@ impl HostDisk {
 
     /// The descriptor, with the lock.
     #[must_use]
-    pub fn into_fd(self) -> OwnedFd {
-        self.file.into()
+    pub fn into_file(self) -> File {
+        self.file
     }
 }
 
@@ -293,7 +292,7 @@ mod tests {
             assert!(matches!(refused, Err(HostDiskError::InUse { .. })));
         }
         // The lock is the open file's, whoever has it.
-        let fd = writer.into_fd();
+        let fd = writer.into_file();
         let duplicate = fd.try_clone().unwrap();
         drop(fd);
         assert!(HostDisk::open(&path, true).is_err());

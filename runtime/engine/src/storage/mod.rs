@@ -8,9 +8,10 @@
 //!
 //! - A file or directory of the host is no disk but a share, which the guest sees by virtio-fs
 //!   ([`host_path`]).
+//! - A disk of the host is what it is ([`host_disk`]).
 //!
-//! [`layout`] is pure; [`Layout::open`] touches the host. Writable disks have no name on the host:
-//! they vanish with the VM, whatever ends it.
+//! [`layout`] is pure; [`Layout::open`] touches the host. The disks that are made have no name on the
+//! host: they vanish with the VM, whatever ends it.
 
 pub mod ext4;
 pub mod host_disk;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use husk_proto::agent as proto;
 use husk_vmm_api::{MAX_DISKS, MAX_SERIAL_LEN};
 
+use self::host_disk::{FsType, HostDisk, HostDiskError};
 use crate::downward;
 use crate::paths::Config;
 use crate::types::{FileContent, FileSpec, Hidden, Medium, PodSpec, VolumeSource, VolumeSpec};
@@ -101,6 +103,9 @@ pub enum StorageError {
         #[source]
         source: host_path::HostPathError,
     },
+    /// A disk of the host cannot be used.
+    #[error(transparent)]
+    HostDisk(#[from] HostDiskError),
     /// A step of making a disk failed.
     #[error("cannot {step} {path}")]
     Io {
@@ -165,6 +170,8 @@ enum Source {
     Scratch(u64),
     /// An empty ext4 file system that holds this many bytes.
     Volume(u64),
+    /// A disk of the host, with a file system on it.
+    Host { path: PathBuf, fstype: FsType, read_only: bool },
 }
 
 /// The disks of a pod, and how the guest is told of them.
@@ -216,11 +223,15 @@ pub fn layout(
 
 impl Layout {
     fn add_disk(&mut self, name: String, source: Source) {
-        let read_only = matches!(source, Source::Layer(_));
+        let (fstype, read_only) = match source {
+            Source::Layer(_) => (FsType::Erofs, true),
+            Source::Scratch(_) | Source::Volume(_) => (FsType::Ext4, false),
+            Source::Host { fstype, read_only, .. } => (fstype, read_only),
+        };
         self.filesystems.push(proto::Filesystem {
             name: name.clone(),
             disk_serial: name.clone(),
-            fstype: if read_only { "erofs" } else { "ext4" }.into(),
+            fstype: fstype.name().into(),
             read_only,
         });
         self.disks.push((name, source));
@@ -265,6 +276,12 @@ impl Layout {
                 // No pod has so many volumes.
                 Made::Share(u32::try_from(number).unwrap_or(u32::MAX))
             }
+            VolumeSource::Disk { ref path, fstype, read_only } => {
+                let disk = format!("vol-{index}");
+                let path = path.clone();
+                self.add_disk(disk.clone(), Source::Host { path, fstype, read_only });
+                Made::Filesystem(disk)
+            }
             VolumeSource::Files(ref files) => Made::Files(self::files(files, spec, uid)),
             VolumeSource::EmptyDir { medium: Medium::Memory, size_limit } => {
                 let memory = u64::from(spec.vm.memory_mib) << 20;
@@ -283,7 +300,7 @@ impl Layout {
             VolumeSource::Files(_) => (FILES_MODE, spec.fs_group),
             VolumeSource::EmptyDir { .. } => (EMPTY_DIR_MODE, spec.fs_group),
             // As in Kubernetes, what is the host's keeps its owners and permissions.
-            VolumeSource::HostPath { .. } => (0, None),
+            VolumeSource::HostPath { .. } | VolumeSource::Disk { .. } => (0, None),
         };
         self.volumes.push(proto::Volume { name: name.clone(), source: Some(made), mode, fs_group });
     }
@@ -311,6 +328,11 @@ impl Layout {
                 }
                 Source::Scratch(bytes) => (ext4::disk(config, *bytes)?, false),
                 Source::Volume(bytes) => (ext4::disk(config, ext4::size_to_hold(*bytes)?)?, false),
+                Source::Host { path, fstype, read_only } => {
+                    let disk = HostDisk::open(path, *read_only)?;
+                    disk.filesystem(Some(*fstype))?;
+                    (disk.into_file(), *read_only)
+                }
             };
             Ok(Disk { serial: serial.clone(), image: image.into(), read_only })
         });

@@ -209,3 +209,26 @@ fn files_of_the_host_are_shares_in_their_order_and_keep_their_owners() {
     let error = crate::pod::chain(&host_path::open_shares(&spec).unwrap_err());
     assert!(error.starts_with("spec.volumes[2].hostPath: ") && error.contains("/none: there is"));
 }
+
+#[test]
+fn a_disk_of_the_host_keeps_its_owners_and_its_access() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.img");
+    let mut bytes = vec![0; 1 << 16];
+    bytes[1080..1082].copy_from_slice(&[0x53, 0xef]);
+    std::fs::write(&path, bytes).unwrap();
+    let mut spec = spec(&[]);
+    spec.fs_group = Some(7);
+    let source = VolumeSource::Disk { path: path.clone(), fstype: FsType::Ext4, read_only: true };
+    spec.volumes.push(VolumeSpec { name: "d".into(), source });
+    let plan = layout(&spec, "uid", &BTreeMap::new(), 1 << 20).unwrap();
+    let filesystem = plan.filesystems.last().unwrap();
+    assert_eq!((filesystem.fstype.as_str(), filesystem.read_only), ("ext4", true));
+    let volume = plan.volumes.last().unwrap();
+    assert_eq!((volume.mode, volume.fs_group), (0, None));
+    let made = proto::volume::Source::Filesystem(filesystem.name.clone());
+    assert_eq!(volume.source, Some(made));
+
+    let (_, source) = plan.disks.last().unwrap();
+    assert!(matches!(source, Source::Host { read_only: true, .. }));
+}
