@@ -89,6 +89,7 @@ fuzz: ## Fuzz every target of tests/fuzz for FUZZ_SECONDS (60) each; needs a nig
 bench: build images ## Measure husk against QEMU, crun and runc in the test host
 	$(call say,benchmark)
 	$(CARGO) build --locked --release -p husk-bench
+	$(STATIC) --release -p husk-load
 	@scripts/bench $(TREE) $(TESTHOST)
 
 .PHONY: host-shell

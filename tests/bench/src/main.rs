@@ -7,7 +7,10 @@
 //! would. Every line that counts is `figure NAME VALUE UNIT` or `ratio NAME VALUE vs PEER`.
 
 mod boot;
+mod disk;
+mod guest;
 mod in_pod;
+mod net;
 mod pairs;
 mod qemu;
 mod run_true;
@@ -62,6 +65,12 @@ fn main() -> Result<()> {
     }
     if wanted("pod") {
         results.extend(in_pod::compare(&setup).context("pod: inside a running pod, against crun")?);
+    }
+    if wanted("disk") {
+        results.extend(disk::compare(&setup).context("disk: random requests, against QEMU")?);
+    }
+    if wanted("net") {
+        results.extend(net::compare(&setup).context("net: TCP to the host, against QEMU")?);
     }
     println!();
     for line in results {

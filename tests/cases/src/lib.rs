@@ -5,7 +5,7 @@
 //! time: the machine may be a hundred times slower than the author's.
 //!
 //! Not for: product code. It links none of it but the protocols.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod background;
 pub mod files;
@@ -14,4 +14,5 @@ pub mod kernel;
 pub mod place;
 pub mod pods;
 pub mod registry;
+pub mod tap;
 pub mod vmm;

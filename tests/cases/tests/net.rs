@@ -4,65 +4,17 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::process::Command;
+use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use husk_cases::tap::{TAP, ip, own_network, queue, queues as tap};
 use husk_cases::vmm::Vm;
 use husk_cases::{initramfs, kernel, place};
 use husk_vmm_api::{Counters, Exit, NicConfig, Phase, RateLimit, TokenBucketConfig};
 
 const MIB: usize = 1 << 20;
-
-/// `struct ifreq` as far as TUNSETIFF uses it.
-#[repr(C)]
-struct InterfaceRequest {
-    name: [u8; libc::IFNAMSIZ],
-    flags: libc::c_short,
-    rest: [u8; 22],
-}
-
-/// Moves this thread, and those that it starts, to a network namespace of their own.
-fn own_network() -> Result<()> {
-    // SAFETY: only the calling thread's network namespace changes.
-    ensure!(unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0, "{}", last_error());
-    ip("link set lo up")
-}
-
-fn last_error() -> std::io::Error {
-    std::io::Error::last_os_error()
-}
-
-fn ip(args: &str) -> Result<()> {
-    let output = Command::new("ip").args(args.split(' ')).output().context("cannot run ip")?;
-    ensure!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
-
-/// Opens one queue of the tap `name`, which is made by the first one.
-fn tap_queue(name: &str, flags: libc::c_int) -> Result<OwnedFd> {
-    let file = File::options().read(true).write(true).open("/dev/net/tun")?;
-    let mut request = InterfaceRequest {
-        name: [0; libc::IFNAMSIZ],
-        flags: libc::c_short::try_from(flags)?,
-        rest: [0; 22],
-    };
-    request.name[..name.len()].copy_from_slice(name.as_bytes());
-    // SAFETY: TUNSETIFF reads and writes a struct ifreq, which `request` is.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-    ensure!(result == 0, "TUNSETIFF: {}", last_error());
-    Ok(file.into())
-}
-
-const TAP: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-
-/// A tap with its queues.
-fn tap(name: &str, queues: usize) -> Result<Vec<OwnedFd>> {
-    let flags = if queues > 1 { TAP | libc::IFF_MULTI_QUEUE } else { TAP };
-    (0..queues).map(|_| tap_queue(name, flags)).collect()
-}
 
 fn nic(number: u8) -> NicConfig {
     NicConfig {
@@ -345,11 +297,11 @@ fn descriptors_that_are_no_fitting_taps_are_refused_by_name() -> Result<()> {
     let several = TAP | libc::IFF_MULTI_QUEUE;
     let cases: [(Vec<OwnedFd>, &str); 5] = [
         (vec![tempfile::tempfile()?.into()], "NIC 0: tap descriptor 0 is not a tap's"),
-        (vec![tap_queue("plain0", plain)?], "NIC 0: tap descriptor 0 has flags"),
-        (vec![tap_queue("tun0", tun)?], "NIC 0: tap descriptor 0 has flags"),
-        (vec![tap_queue("one0", TAP)?, tap_queue("two0", TAP)?], "descriptor 0 has flags"),
+        (vec![queue("plain0", plain)?], "NIC 0: tap descriptor 0 has flags"),
+        (vec![queue("tun0", tun)?], "NIC 0: tap descriptor 0 has flags"),
+        (vec![queue("one0", TAP)?, queue("two0", TAP)?], "descriptor 0 has flags"),
         (
-            vec![tap_queue("many0", several)?, tap_queue("many1", several)?],
+            vec![queue("many0", several)?, queue("many1", several)?],
             "tap descriptor 1 is of \"many1\", the first one of \"many0\"",
         ),
     ];
