@@ -36,7 +36,7 @@ pub(crate) fn compare(setup: &Setup) -> Result<Vec<String>> {
     let (mut husk, mut qemu, mut host) = (Vec::new(), Vec::new(), Vec::new());
     let mut per_request = Vec::new();
     for round in 0..=setup.rounds {
-        let devices = || Devices { disk: Some(image.path()), tap: None };
+        let devices = || Devices { disk: Some(image.path()), ..Devices::default() };
         let (times, counters) = in_husk(&script, devices())?;
         guest::print(round, "husk-vmm", &times);
         let in_qemu = in_qemu(setup, &script, devices())?;

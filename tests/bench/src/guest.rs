@@ -6,13 +6,14 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use husk_cases::files::FileServer;
 use husk_cases::vmm::{Running, Vm};
 use husk_cases::{initramfs, place};
-use husk_vmm_api::{Counters, NicConfig, RateLimit};
+use husk_vmm_api::{Counters, FsConfig, NicConfig, RateLimit};
 
 use crate::pairs::median;
 use crate::{Setup, qemu};
@@ -39,7 +40,12 @@ pub(crate) struct Devices<'a> {
     pub(crate) disk: Option<&'a Path>,
     /// A tap, which is its `eth0`.
     pub(crate) tap: Option<OwnedFd>,
+    /// A directory, which is its virtio-fs [`TAG`]: what is shared is the directory `0` in it.
+    pub(crate) shared: Option<&'a Path>,
 }
+
+/// The tag of what is shared.
+pub(crate) const TAG: &str = "shared";
 
 /// The program that makes the loads.
 pub(crate) fn load_program() -> PathBuf {
@@ -62,10 +68,20 @@ pub(crate) fn in_husk(script: &str, devices: Devices<'_>) -> Result<(Times, Coun
         let (rx_limit, tx_limit) = (RateLimit::default(), RateLimit::default());
         vm.config.nics.push(NicConfig { mac: MAC, mtu: 1500, taps, rx_limit, tx_limit });
     }
+    let server = match devices.shared {
+        Some(shared) => {
+            let (server, socket) = FileServer::start(&[(&shared.join("0"), false)])?;
+            let socket = vm.add(socket);
+            vm.config.fs = Some(FsConfig { tag: TAG.to_owned(), socket });
+            Some(server)
+        }
+        None => None,
+    };
     let mut vm: Running = vm.start()?;
     let times = times(console.path())?;
     let counters = vm.counters()?;
     vm.kill()?;
+    drop(server);
     Ok((times, counters))
 }
 
@@ -90,12 +106,46 @@ pub(crate) fn in_qemu(setup: &Setup, script: &str, devices: Devices<'_>) -> Resu
         command.args(["-netdev", &format!("tap,id=net,fd={}", tap.as_raw_fd())]);
         command.args(["-device", &format!("virtio-net-device,netdev=net,mac={mac}")]);
     }
+    let _server =
+        devices.shared.map(|shared| Virtiofsd::start(shared, &mut command)).transpose()?;
     let mut qemu = Killed(command.spawn().context(qemu::START)?);
     let times = times(console.path());
     if let Some(status) = qemu.0.try_wait()? {
         bail!("QEMU ended: {status}");
     }
     times
+}
+
+/// The file server of QEMU's guests.
+struct Virtiofsd {
+    _process: Killed,
+    _socket: tempfile::TempDir,
+}
+
+impl Virtiofsd {
+    /// Starts it, as it is by default, and tells QEMU of it.
+    fn start(shared: &Path, qemu: &mut Command) -> Result<Virtiofsd> {
+        let directory = tempfile::tempdir()?;
+        let socket = directory.path().join("fs");
+        let process = Command::new("/usr/libexec/virtiofsd")
+            .arg(format!("--socket-path={}", socket.display()))
+            .arg(format!("--shared-dir={}", shared.display()))
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("cannot start virtiofsd; install virtiofsd")?;
+        let process = Killed(process);
+        let begun = Instant::now();
+        while !socket.exists() {
+            ensure!(begun.elapsed() < PATIENCE, "virtiofsd does not listen");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        qemu.args(["-object", &format!("memory-backend-memfd,id=mem,size={MEMORY_MIB}M,share=on")])
+            .args(["-machine", "memory-backend=mem"])
+            .args(["-chardev", &format!("socket,id=fs,path={}", socket.display())])
+            .args(["-device", &format!("vhost-user-fs-device,chardev=fs,tag={TAG}")]);
+        Ok(Virtiofsd { _process: process, _socket: directory })
+    }
 }
 
 /// A process that does not outlive who started it.
@@ -105,7 +155,7 @@ impl Drop for Killed {
     fn drop(&mut self) {
         // It may have ended by itself.
         if self.0.kill().is_err() || self.0.wait().is_err() {
-            eprintln!("QEMU is left");
+            eprintln!("process {} is left", self.0.id());
         }
     }
 }

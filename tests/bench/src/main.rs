@@ -8,6 +8,7 @@
 
 mod boot;
 mod disk;
+mod files;
 mod guest;
 mod in_pod;
 mod net;
@@ -71,6 +72,9 @@ fn main() -> Result<()> {
     }
     if wanted("net") {
         results.extend(net::compare(&setup).context("net: TCP to the host, against QEMU")?);
+    }
+    if wanted("files") {
+        results.extend(files::compare(&setup).context("files: shared ones, against QEMU")?);
     }
     println!();
     for line in results {

@@ -83,7 +83,7 @@ fn devices() -> Result<Devices<'static>> {
     let tap = tap::queues("tap0", 1)?.pop();
     tap::ip("link set tap0 up")?;
     tap::ip(&format!("addr add {}/24 dev tap0", TAP.0))?;
-    Ok(Devices { disk: None, tap })
+    Ok(Devices { tap, ..Devices::default() })
 }
 
 /// Takes what is sent, and closes when it has all.

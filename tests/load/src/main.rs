@@ -57,6 +57,9 @@ enum Load {
         directory: PathBuf,
         /// How many.
         files: u32,
+        /// How many bytes are written into each.
+        #[arg(default_value_t = 0)]
+        bytes: usize,
     },
 }
 
@@ -74,7 +77,7 @@ fn main() -> Result<()> {
             disk::run(&path, cached, access, depth, requests)?
         }
         Load::Send { to, streams, bytes } => net::send(to, streams, bytes)?,
-        Load::Names { directory, files } => names::run(&directory, files)?,
+        Load::Names { directory, files, bytes } => names::run(&directory, files, bytes)?,
     };
     println!("husk-load {name} {}", took.as_nanos());
     Ok(())
