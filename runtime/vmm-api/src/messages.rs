@@ -19,7 +19,7 @@ pub const MIN_MEMORY_MIB: u32 = 48;
 pub const MAX_MEMORY_MIB: u32 = 1024 * 1024;
 
 /// Most disks that a VM may have.
-pub const MAX_DISKS: usize = 40;
+pub const MAX_DISKS: usize = 38;
 
 /// Most disks that can be added to a running VM at the same time. There may be fewer: together with
 /// those that it was started with they are at most [`MAX_DISKS`].
