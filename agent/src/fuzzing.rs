@@ -14,7 +14,7 @@ use tonic::{Code, Request, Status};
 use crate::cgroup::values::{IfAbsent, Setting};
 use crate::cgroup::{self, devices};
 use crate::chain;
-use crate::container::fuzzing::{check_layers, exec, plan};
+use crate::container::fuzzing::{check_disks, check_layers, exec, plan};
 use crate::host::Host;
 use crate::net;
 use crate::pod::{self, PodInfo};
@@ -97,6 +97,7 @@ fn create(request: &wire::CreateContainerRequest) -> Result<(), Box<dyn Error>> 
     let rootfs = request.rootfs.clone().unwrap_or_default();
     check_layers(&pod, &rootfs.lower, &rootfs.upper_on)?;
     assert!(!rootfs.lower.is_empty() && rootfs.upper_on == "scratch");
+    check_disks(&request.devices)?;
     Ok(())
 }
 

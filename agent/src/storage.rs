@@ -29,8 +29,8 @@ pub(crate) enum StorageError {
     Type(String),
     #[error("filesystems.read_only: erofs ({0:?}) must be read-only")]
     WritableErofs(String),
-    #[error("filesystems.disk_serial: {0:?} is no serial (at most 20 bytes, no slash)")]
-    Serial(String),
+    #[error("{field}: {value:?} is no serial (at most 20 bytes, no slash)")]
+    Serial { field: &'static str, value: String },
     #[error("volumes.source: {0:?} has none")]
     NoSource(String),
     #[error("volumes.source")]
@@ -124,8 +124,13 @@ pub(crate) fn check_filesystem(filesystem: &Filesystem) -> Result<(), StorageErr
         ("erofs", false) => return Err(StorageError::WritableErofs(name.clone())),
         _ => return Err(StorageError::Type(fstype.clone())),
     }
-    if disk_serial.is_empty() || disk_serial.len() > MAX_SERIAL || disk_serial.contains('/') {
-        return Err(StorageError::Serial(disk_serial.clone()));
+    check_serial("filesystems.disk_serial", disk_serial)
+}
+
+/// Checks the serial of a disk.
+pub(crate) fn check_serial(field: &'static str, serial: &str) -> Result<(), StorageError> {
+    if serial.is_empty() || serial.len() > MAX_SERIAL || serial.contains('/') {
+        return Err(StorageError::Serial { field, value: serial.to_owned() });
     }
     Ok(())
 }
@@ -147,6 +152,15 @@ pub(crate) async fn find_disk(serial: &str) -> Result<PathBuf, StorageError> {
         }
         tokio::time::sleep(DISK_RETRY).await;
     }
+}
+
+/// The device number of the disk of this serial.
+///
+/// # Errors
+/// [`StorageError`].
+pub(crate) async fn find_device(serial: &str) -> Result<rustix::fs::Dev, StorageError> {
+    let disk = find_disk(serial).await?;
+    Ok(rustix::fs::stat(&disk).map_err(failed("look at disk", serial))?.st_rdev)
 }
 
 /// Finds a disk by its serial among those that are there now.

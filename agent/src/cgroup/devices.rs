@@ -99,6 +99,16 @@ pub(crate) fn rules(given: &[DeviceRule]) -> Result<Vec<Rule>, SpecError> {
     Ok(all)
 }
 
+/// Allows a disk to be read; if it is to be more than read, also to be written, and nodes of it to be
+/// made.
+pub(crate) fn disk(device: rustix::fs::Dev, read_only: bool) -> Rule {
+    let access = if read_only { READ } else { ALL };
+    // The program compares 32 bits as they are; numbers of devices have at most 20.
+    let major = Some(rustix::fs::major(device).cast_signed());
+    let minor = Some(rustix::fs::minor(device).cast_signed());
+    Rule { allow: true, kind: Some(BLOCK), major, minor, access }
+}
+
 /// One instruction of eBPF, in the layout of `struct bpf_insn`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -257,6 +267,21 @@ mod tests {
             assert!(!run(&program, BLOCK, READ, 254, 0));
             assert!(!run(&program, CHARACTER, READ, 1, 1), "/dev/mem");
         }
+    }
+
+    #[test]
+    fn a_container_reaches_the_disks_that_it_is_given_and_no_others() {
+        let mut all = rules(&[rule(false, "a", None, "rwm")]).unwrap();
+        let device = rustix::fs::makedev;
+        all.extend([disk(device(254, 0), false), disk(device(254, 16), true)]);
+        let program = program(&all);
+        assert!(run(&program, BLOCK, READ | WRITE, 254, 0));
+        assert!(run(&program, BLOCK, READ, 254, 16));
+        for (access, minor) in [(WRITE, 16), (READ | WRITE, 16), (READ, 1), (READ, 32)] {
+            assert!(!run(&program, BLOCK, access, 254, minor), "{access} {minor}");
+        }
+        assert!(!run(&program, BLOCK, READ, 253, 0));
+        assert!(!run(&program, CHARACTER, READ, 254, 0));
     }
 
     #[test]

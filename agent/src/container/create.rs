@@ -11,7 +11,7 @@ use husk_proto::guest;
 use super::events::OomWatch;
 use super::init::Job;
 use super::namespaces;
-use super::plan::ContainerPlan;
+use super::plan::{ContainerPlan, check_disks};
 use super::process::{StepError, step};
 use super::rootfs::Overlay;
 use super::spawn::{Spawned, take_master};
@@ -39,12 +39,20 @@ impl Runner {
         pod: &PodInfo,
         request: CreateContainerRequest,
     ) -> Result<Result<u32, StartFailure>, ContainerError> {
-        let CreateContainerRequest { id, spec, rootfs, stdio } = request;
+        let CreateContainerRequest { id, spec, rootfs, stdio, devices: disks } = request;
         check_name("id", &id)?;
         let reservation = self.reserve(&id)?;
-        let plan = Arc::new(ContainerPlan::new(&id, &spec::parse(&spec)?, &pod.hostname)?);
+        let mut plan = ContainerPlan::new(&id, &spec::parse(&spec)?, &pod.hostname)?;
+        check_disks(&disks)?;
         let rootfs = rootfs.unwrap_or_default();
         check_layers(pod, &rootfs.lower, &rootfs.upper_on)?;
+        for disk in &disks {
+            let device = storage::find_device(&disk.disk_serial).await;
+            let path = || disk.path.clone();
+            let device = device.map_err(|source| ContainerError::Disk { path: path(), source })?;
+            plan.add_disk(disk, device);
+        }
+        let plan = Arc::new(plan);
 
         let terminal = plan.process.terminal.is_some();
         let ports = stdio.unwrap_or_default();
@@ -58,7 +66,7 @@ impl Runner {
             // What a guest that died left on a disk that outlived it.
             self.discard(&remains.layer)?;
             let overlay = make_directories(&remains, &rootfs.lower)?;
-            devices::attach(remains.cgroup.fd(), &plan.device_rules)
+            devices::attach(remains.cgroup.fd(), &plan.all_device_rules())
                 .map_err(step("linux.resources.devices"))?;
             let oom_watch = self
                 .events

@@ -6,6 +6,7 @@ use serde_json::json;
 use super::ContainerError;
 pub(crate) use super::create::check_layers;
 use super::plan::ContainerPlan;
+pub(crate) use super::plan::check_disks;
 use super::process::ProcessPlan;
 use super::spec::{self, SpecError};
 

@@ -50,6 +50,7 @@ use crate::cgroup::{Cgroup, CgroupError, UpdateError};
 use crate::lock;
 use crate::reaper::Reaper;
 use crate::stdio::{Relay, StdioError, UnusedPorts};
+use crate::storage::StorageError;
 use crate::transport::Transport;
 
 use events::{Events, OomWatch};
@@ -93,6 +94,12 @@ pub(crate) enum ContainerError {
     NoPod(&'static str),
     #[error("rootfs: {0}")]
     Rootfs(String),
+    #[error("devices: {path:?}")]
+    Disk {
+        path: String,
+        #[source]
+        source: StorageError,
+    },
     #[error("{field}: {value} must be {must}")]
     Value { field: &'static str, value: u32, must: &'static str },
     #[error("OCI specification")]

@@ -3,8 +3,10 @@
 
 use std::collections::BTreeMap;
 
+use husk_proto::agent::BlockDevice;
 use husk_proto::guest;
 
+use super::ContainerError;
 use super::hooks::HookPlan;
 use super::mounts::{self, MountPlan};
 use super::namespaces::Namespaces;
@@ -15,7 +17,7 @@ use super::spec::{self, Device, NamespaceKind, Spec, SpecError};
 use super::user_namespace::UserPlan;
 use crate::cgroup::devices::{self, Rule};
 use crate::cgroup::values::{self, Setting};
-use crate::sysctl;
+use crate::{storage, sysctl};
 
 /// A container, understood.
 #[derive(Debug, Clone)]
@@ -40,7 +42,10 @@ pub(crate) struct ContainerPlan {
     /// Below the cgroup of all containers.
     pub(crate) cgroup_path: String,
     pub(crate) cgroup_settings: Vec<Setting>,
+    /// Those of the specification.
     pub(crate) device_rules: Vec<Rule>,
+    /// Those of the disks that the container has beside it.
+    disk_rules: Vec<Rule>,
 }
 
 /// A device node to make, beside those that every container has.
@@ -57,6 +62,30 @@ pub(crate) struct DeviceNode {
 
 /// Most entries of a list of the specification that costs the kernel something each.
 const MAX_ENTRIES: usize = 1024;
+
+/// Permissions of the node of a disk, as they are on most hosts.
+const DISK_MODE: u32 = 0o660;
+
+/// Most disks of a container: more than a VM has, and few enough for their rules to fit beside those of
+/// the specification.
+const MAX_DISKS: usize = 64;
+
+/// Checks the disks that a container is to have.
+///
+/// # Errors
+/// [`ContainerError`] naming the field.
+pub(crate) fn check_disks(disks: &[BlockDevice]) -> Result<(), ContainerError> {
+    if disks.len() > MAX_DISKS {
+        let count = disks.len().to_string();
+        return Err(SpecError::invalid("devices", count, "at most 64 of them").into());
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        spec::check_path(|| format!("devices[{index}].path"), &disk.path)?;
+        let checked = storage::check_serial("devices.disk_serial", &disk.disk_serial);
+        checked.map_err(|source| ContainerError::Disk { path: disk.path.clone(), source })?;
+    }
+    Ok(())
+}
 
 impl ContainerPlan {
     /// Understands the specification of container `id` in a pod of this host name.
@@ -136,7 +165,27 @@ impl ContainerPlan {
             cgroup_path: cgroup_path.unwrap_or_else(|| id.to_owned()),
             cgroup_settings: values::settings(&linux.resources)?,
             device_rules: devices::rules(&linux.resources.devices)?,
+            disk_rules: Vec::new(),
         })
+    }
+
+    /// Gives the container a disk, which is this device of the guest.
+    pub(crate) fn add_disk(&mut self, disk: &BlockDevice, device: rustix::fs::Dev) {
+        let BlockDevice { disk_serial: _, path, read_only, uid, gid } = disk;
+        self.devices.push(DeviceNode {
+            path: path.clone(),
+            mode: libc::S_IFBLK | DISK_MODE,
+            major: rustix::fs::major(device),
+            minor: rustix::fs::minor(device),
+            uid: *uid,
+            gid: *gid,
+        });
+        self.disk_rules.push(devices::disk(device, *read_only));
+    }
+
+    /// The rules of its device cgroup: of those that match, the last one decides.
+    pub(crate) fn all_device_rules(&self) -> Vec<Rule> {
+        [self.device_rules.as_slice(), &self.disk_rules].concat()
     }
 
     /// The process of an exec: what it does not say itself is as in the container.
@@ -270,6 +319,62 @@ mod tests {
         assert_eq!((node.mode, node.major, node.minor), (libc::S_IFCHR | 0o666, 10, 229));
         let bad = json!([{"type": "x", "path": "/dev/fuse"}]);
         assert!(refusal(|s| s["linux"]["devices"] = bad).contains("linux.devices[0].type"));
+    }
+
+    fn disk(serial: &str, path: &str, read_only: bool) -> BlockDevice {
+        let (disk_serial, path) = (serial.to_owned(), path.to_owned());
+        BlockDevice { disk_serial, path, read_only, uid: 5, gid: 6 }
+    }
+
+    #[test]
+    fn a_disk_becomes_a_node_and_a_rule_beside_those_of_the_specification() {
+        let mut plan = plan(|_| ()).unwrap();
+        let given = plan.device_rules.clone();
+        let device = rustix::fs::makedev(254, 16);
+        plan.add_disk(&disk("vol-0", "/dev/xvda", true), device);
+        let expected = DeviceNode {
+            path: "/dev/xvda".into(),
+            mode: libc::S_IFBLK | 0o660,
+            major: 254,
+            minor: 16,
+            uid: 5,
+            gid: 6,
+        };
+        assert_eq!(plan.devices, [expected]);
+        let rules = plan.all_device_rules();
+        assert_eq!(rules.split_last(), Some((&devices::disk(device, true), given.as_slice())));
+        // By these, an update tells whether it repeats what is in force.
+        assert_eq!(plan.device_rules, given);
+    }
+
+    #[test]
+    fn disks_are_checked_by_their_fields() {
+        check_disks(&[disk("vol-0", "/dev/xvda", false)]).unwrap();
+        let message = |disks: &[BlockDevice]| crate::chain(&check_disks(disks).unwrap_err());
+        let relative = message(&[disk("a", "/a", false), disk("b", "b", false)]);
+        assert!(relative.contains("devices[1].path"), "{relative}");
+        for serial in ["", "a/b", "123456789012345678901"] {
+            let words = message(&[disk(serial, "/dev/xvda", false)]);
+            assert!(
+                words.contains("/dev/xvda") && words.contains("devices.disk_serial"),
+                "{words}"
+            );
+        }
+        let many = message(&vec![disk("a", "/a", false); MAX_DISKS + 1]);
+        assert!(many.contains("at most 64"), "{many}");
+    }
+
+    #[test]
+    fn the_rules_of_all_disks_fit_beside_all_of_the_specification() {
+        let rule = json!({"allow": true, "type": "b", "major": 1, "minor": 2, "access": "r"});
+        let rules = vec![rule; 250];
+        let mut plan = plan(|s| s["linux"]["resources"]["devices"] = json!(rules)).unwrap();
+        for minor in 0..MAX_DISKS {
+            let device = rustix::fs::makedev(254, u32::try_from(minor).unwrap());
+            plan.add_disk(&disk("a", "/a", true), device);
+        }
+        // BPF_MAXINSNS
+        assert!(devices::program(&plan.all_device_rules()).len() <= 4096);
     }
 
     #[test]

@@ -272,8 +272,16 @@ fn make_device(root: BorrowedFd<'_>, device: &DeviceNode) -> io::Result<()> {
     let kind = FileType::from_raw_mode(device.mode);
     let numbers = (device.major, device.minor);
     make_node(parent.as_fd(), name, kind, device.mode & 0o7777, numbers)?;
-    let (uid, gid) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
     let nofollow = AtFlags::SYMLINK_NOFOLLOW;
+    if kind == FileType::BlockDevice {
+        // What is meant for a disk must not go into a file that the image has there.
+        let found = rustix::fs::statat(&parent, name, nofollow)?;
+        let device = rustix::fs::makedev(device.major, device.minor);
+        if FileType::from_raw_mode(found.st_mode) != kind || found.st_rdev != device {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is something else"));
+        }
+    }
+    let (uid, gid) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
     Ok(rustix::fs::chownat(&parent, name, Some(uid), Some(gid), nofollow)?)
 }
 

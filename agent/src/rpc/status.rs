@@ -61,6 +61,7 @@ pub(super) fn container_status(error: &ContainerError) -> Status {
         E::Name { .. } | E::Rootfs(_) | E::Value { .. } | E::Path(_) | E::Spec(_) => {
             Code::InvalidArgument
         }
+        E::Disk { path: _, source: StorageError::Serial { .. } } => Code::InvalidArgument,
         E::NoContainer(_) | E::NoProcess { .. } | E::Ended { .. } | E::NoFile { .. } => {
             Code::NotFound
         }
@@ -73,7 +74,7 @@ pub(super) fn container_status(error: &ContainerError) -> Status {
         E::Cgroup(e) | E::Update(UpdateError::Cgroup(e)) if e.is_invalid() => Code::InvalidArgument,
         E::Update(UpdateError::Spec(_) | UpdateError::InUse { .. }) => Code::InvalidArgument,
         E::Cgroup(_) | E::Update(UpdateError::Cgroup(_)) => Code::Internal,
-        E::NotFrozen(_) | E::Read { .. } => Code::Internal,
+        E::NotFrozen(_) | E::Read { .. } | E::Disk { .. } => Code::Internal,
         E::Stdio(_) | E::Step(_) | E::Reported(_) | E::Died | E::Unfollowed | E::OutOfMemory => {
             Code::Internal
         }

@@ -429,6 +429,7 @@ impl Guest {
             spec: serde_json::to_vec(&spec).unwrap(),
             rootfs: Some(wire::Rootfs { lower: vec!["base".into()], upper_on: "scratch".into() }),
             stdio: Some(stdio),
+            devices: Vec::new(),
         };
         let response = self.client().create_container(request).await?.into_inner();
         self.follow(id, "", &streams);

@@ -196,6 +196,7 @@ async fn a_path_that_could_escape_is_refused_by_name() {
             spec,
             rootfs: Some(rootfs),
             stdio: None,
+            devices: Vec::new(),
         };
         let got = guest.client().create_container(request).await.map(drop);
         faults.check(got, Code::InvalidArgument, "rootfs: ", lower);
@@ -208,7 +209,8 @@ async fn a_path_that_could_escape_is_refused_by_name() {
 /// A create whose document is given as bytes, without streams.
 async fn create_raw(guest: &Guest, id: &str, spec: Vec<u8>) -> Result<(), Status> {
     let rootfs = Some(wire::Rootfs { lower: vec!["base".into()], upper_on: "scratch".into() });
-    let request = wire::CreateContainerRequest { id: id.into(), spec, rootfs, stdio: None };
+    let request =
+        wire::CreateContainerRequest { id: id.into(), spec, rootfs, ..Default::default() };
     guest.client().create_container(request).await.map(drop)
 }
 
@@ -426,7 +428,8 @@ async fn a_document_of_absurd_size_is_refused_and_costs_a_bounded_memory() {
         spec["root"]["path"] = json!("/run/husk/containers/a/rootfs");
         let rootfs = Some(wire::Rootfs { lower: vec!["base".into()], upper_on: "scratch".into() });
         let spec = document(&spec, &text);
-        let request = wire::CreateContainerRequest { id: "a".into(), spec, rootfs, stdio: None };
+        let request =
+            wire::CreateContainerRequest { id: "a".into(), spec, rootfs, ..Default::default() };
         let got = guest.client().create_container(request).await.map(|r| r.into_inner().result);
         use wire::create_container_response::Result::{Failure, Pid};
         match (fate, got) {

@@ -128,6 +128,7 @@ mod tests {
             ports: Vec::new(),
             resources: Resources { requests: limits, limits },
             volume_mounts: Vec::new(),
+            volume_devices: Vec::new(),
             security: SecurityContext::default(),
             tty: false,
             stdin: false,

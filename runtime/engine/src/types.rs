@@ -216,6 +216,8 @@ pub struct ContainerSpec {
     pub resources: Resources,
     /// Where it sees which volumes; each path once.
     pub volume_mounts: Vec<VolumeMount>,
+    /// Which volumes it has as block devices; each volume and each path once.
+    pub volume_devices: Vec<VolumeDevice>,
     /// As whom it runs and what it may do: the pod's and the container's settings merged.
     pub security: SecurityContext,
     /// Whether it has a terminal. Its standard error then comes out of its standard output.
@@ -421,6 +423,15 @@ pub struct VolumeMount {
     pub propagation: MountPropagation,
 }
 
+/// Where a container has a volume as a block device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeDevice {
+    /// Name of a volume of the pod: a [`VolumeSource::Disk`], which no container of it mounts.
+    pub volume: String,
+    /// Absolute path in the container, without `..`; not `/`.
+    pub device_path: String,
+}
+
 /// A part of a volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SubPath {
@@ -465,11 +476,12 @@ pub enum VolumeSource {
     /// Small files that can only be read: of ConfigMaps, Secrets and the pod's own fields. Paths
     /// are unique, and none is below another.
     Files(Vec<FileSpec>),
-    /// The file system of an image file or block device of the host.
+    /// An image file or block device of the host: its file system, or itself to containers that have
+    /// it as a block device.
     Disk {
         /// Where it is; absolute, without `..`.
         path: PathBuf,
-        /// What is on it.
+        /// What is on it; of no meaning if it is a block device to containers.
         fstype: FsType,
         /// Whether the pod may only read it, and so may others at the same time.
         read_only: bool,

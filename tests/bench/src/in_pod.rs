@@ -401,7 +401,8 @@ impl RunningPod {
         config["process"]["args"] = json!(args);
         let (stdio, streams) = self.guest.expect_streams(Wanted { stdin: false, tty: false });
         let spec = serde_json::to_vec(&config)?;
-        let created = self.guest.create_container(id, spec, self.root.clone(), stdio).await?;
+        let (root, disks) = (self.root.clone(), Vec::new());
+        let created = self.guest.create_container(id, spec, root, disks, stdio).await?;
         created.map_err(|failure| anyhow::anyhow!("{id}: {}", failure.message))?;
         Ok(streams)
     }

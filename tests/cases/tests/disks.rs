@@ -193,3 +193,60 @@ fn a_volume_of_a_disk_has_one_pod_that_writes_or_many_that_read() -> Result<()> 
     }
     Ok(())
 }
+
+/// A container with the disk at `path` as a block device.
+fn with_device(path: &Path, more: &str) -> String {
+    format!(
+        "
+  - name: main
+    image: localhost/husk/busybox:test
+    command: [sleep, '100000']
+    resources: {{limits: {{memory: 128Mi, cpu: 1}}}}
+    volumeDevices: [{{name: raw, devicePath: /dev/xvda}}]
+  volumes:
+  - name: raw
+    csi: {{driver: disk.husk.dev{more}, volumeAttributes: {{path: {}}}}}
+",
+        path.display()
+    )
+}
+
+#[test]
+fn a_raw_disk_is_written_through_its_node_and_a_read_only_one_is_not() -> Result<()> {
+    const LEN: usize = 4 << 20;
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("raw.img");
+    // No file system, and a mark at each end.
+    let mut bytes = vec![0; LEN];
+    bytes[..5].copy_from_slice(b"first");
+    bytes[LEN - 4..].copy_from_slice(b"last");
+    std::fs::write(&path, &bytes)?;
+
+    let pod = Pod::up("case-raw-1", &with_device(&path, ""), &[])?;
+    ensure!(shell(&pod, "stat -c '%F %a' /dev/xvda")? == "block special file 660\n");
+    ensure!(shell(&pod, "head -c 5 /dev/xvda")? == "first");
+    ensure!(shell(&pod, "tail -c 4 /dev/xvda")? == "last");
+    ensure!(shell(&pod, "grep -c xvda /proc/mounts || true")? == "0\n");
+    // Of the other disks of the VM, of which the pod's own is one, it can make a node but not open it.
+    let others = "for n in /sys/block/vd*; do d=$(cat $n/dev); mknod /dev/n b ${d%:*} ${d#*:}; \
+                  head -c 1 /dev/n > /dev/null 2>&1 && echo ${n##*/}; rm /dev/n; done; true";
+    ensure!(shell(&pod, others)?.lines().count() == 1);
+    shell(
+        &pod,
+        "yes pattern | head -c 8192 | dd of=/dev/xvda bs=4096 seek=3 conv=notrunc,fsync 2> /dev/null",
+    )?;
+    pod.ok(&["stop", pod.name])?;
+    pod.ok(&["rm", pod.name])?;
+    let pattern = b"pattern\n".repeat(8192 / 8);
+    bytes[3 * 4096..3 * 4096 + 8192].copy_from_slice(&pattern);
+    ensure!(std::fs::read(&path)? == bytes, "the image holds something else");
+
+    let reader = Pod::up("case-raw-2", &with_device(&path, ", readOnly: true"), &[])?;
+    ensure!(shell(&reader, "head -c 5 /dev/xvda")? == "first");
+    let words =
+        shell(&reader, "dd if=/dev/zero of=/dev/xvda bs=512 count=1 conv=notrunc 2>&1 || true")?;
+    ensure!(words.contains("Operation not permitted"), "{words}");
+    pod.ok(&["stop", reader.name])?;
+    ensure!(std::fs::read(&path)? == bytes, "the image was written");
+    Ok(())
+}

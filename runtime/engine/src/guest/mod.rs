@@ -255,7 +255,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Makes a container up to the start of its program. Returns the process's ID in the guest.
+    /// Makes a container up to the start of its program, with these disks as block devices. Returns the process's ID in the guest.
     ///
     /// # Errors
     /// [`GuestError`].
@@ -264,6 +264,7 @@ impl Guest {
         id: &str,
         spec: Vec<u8>,
         rootfs: proto::Rootfs,
+        devices: Vec<proto::BlockDevice>,
         stdio: proto::Stdio,
     ) -> Result<Result<u32, StartFailure>, GuestError> {
         use create_container_response::Result::{Failure, Pid};
@@ -272,6 +273,7 @@ impl Guest {
             spec,
             rootfs: Some(rootfs),
             stdio: Some(stdio),
+            devices,
         };
         let proto::CreateContainerResponse { result } =
             call!(self, create_container, "CreateContainer", request)?;

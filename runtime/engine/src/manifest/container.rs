@@ -9,7 +9,7 @@ use super::objects::Scope;
 use super::pod::{check, show_cpu, show_memory};
 use super::problem::Problems;
 use super::view::View;
-use super::{dns, env, mount, names, probe, security};
+use super::{device, dns, env, mount, names, probe, security};
 use crate::types::{
     Amounts, ContainerKind, ContainerPort, ContainerSpec, Protocol, PullPolicy, Resources, Rootfs,
     TerminationMessage, VolumeSpec,
@@ -68,6 +68,7 @@ pub(super) fn read(
             security.privileged,
             problems,
         ),
+        volume_devices: device::read_all(&view.get("volumeDevices"), shared.volumes, problems),
         security,
         tty,
         stdin,

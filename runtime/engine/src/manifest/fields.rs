@@ -196,6 +196,12 @@ macro_rules! container_fields {
             list("ports", PORT, "every port is open, named here or not"),
             object("resources", RESOURCES, "size the container's cgroup and, together, the VM"),
             list("volumeMounts", MOUNT, ""),
+            list(
+                "volumeDevices",
+                DEVICE,
+                "disks as block devices, which the container may read and, unless the volume is \
+                 `readOnly`, write",
+            ),
             object("securityContext", SECURITY, "wins over the pod's"),
             yes("stdin", ""),
             yes("stdinOnce", ""),
@@ -212,7 +218,6 @@ macro_rules! container_fields {
             ),
             no_effect("resizePolicy", "nothing is resized"),
             not_yet("restartPolicyRules"),
-            not_yet("volumeDevices"),
         ]
     };
 }
@@ -358,6 +363,14 @@ const MOUNT: &[Field] = &[
     ),
 ];
 
+const DEVICE: &[Field] = &[
+    yes("name", "required: a `csi` volume of the pod that no container of it mounts; each once"),
+    yes(
+        "devicePath",
+        "required: an absolute path, each once, not of a mount, not in `/proc` or `/sys`",
+    ),
+];
+
 const MODE: &str = "default: `defaultMode`";
 const PATH: &str = "required: relative, no part begins with `..`";
 
@@ -455,7 +468,10 @@ const VOLUME: &[Field] = &[
                 "required: `disk.husk.dev`, which stands for image files and block devices of the \
                  host; no other",
             ),
-            yes("fsType", "`ext4` (default) or `erofs`; nothing is formatted"),
+            yes(
+                "fsType",
+                "`ext4` (default) or `erofs`; nothing is formatted. Of no meaning with `volumeDevices`",
+            ),
             yes("readOnly", "default false; must be true for `erofs`"),
             yes("volumeAttributes", "required: `path`, the absolute path of the file or device"),
             not_yet("nodePublishSecretRef"),

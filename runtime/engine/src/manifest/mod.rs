@@ -12,6 +12,7 @@
 
 mod apply;
 mod container;
+mod device;
 mod disk;
 mod dns;
 #[cfg(test)]

@@ -8,7 +8,7 @@ use super::objects::{ObjectKey, Objects, Scope};
 use super::problem::Problems;
 use super::tree::Node;
 use super::view::View;
-use super::{container, dns, names, schema, security, volume};
+use super::{container, device, dns, names, schema, security, volume};
 use crate::sizing::{SizeError, vm_size};
 use crate::types::{
     ContainerKind, ContainerSpec, Network, PodMetadata, PodSpec, RestartPolicy, VmSize,
@@ -101,6 +101,7 @@ fn read_document(
         containers.push(container);
     }
     container::check_references(&containers, &init_views, &main_views, problems);
+    device::check_uses(&containers, &init_views, &main_views, problems);
     container::check_host_ports(&init_views, &main_views, problems);
     volume::check_references(&volumes_view, &containers, problems);
     let (init_containers, containers): (Vec<_>, Vec<_>) =

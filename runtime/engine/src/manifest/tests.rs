@@ -42,6 +42,7 @@ fn refused(text: &str, expected: &[&str]) {
 
 mod apply;
 mod checks;
+mod device;
 mod disk;
 mod network;
 mod objects;
@@ -261,12 +262,12 @@ fn malformed_yaml_is_refused_with_its_place() {
 
 #[test]
 fn problems_are_all_reported_with_their_places() {
-    let text = container_with("    imagee: x\n    volumeDevices: [{name: x}]\n");
+    let text = container_with("    imagee: x\n    restartPolicyRules: [{name: x}]\n");
     let error = parse(&text, "x.yaml").unwrap_err();
     assert_eq!(
         error.to_string(),
         "x.yaml:8:5: spec.containers[0].imagee: unknown field, did you mean image?\n\
-         x.yaml:9:5: spec.containers[0].volumeDevices: not supported yet"
+         x.yaml:9:5: spec.containers[0].restartPolicyRules: not supported yet"
     );
 }
 

@@ -63,7 +63,7 @@ async fn start(
     wanted: Wanted,
 ) -> Result<Result<(ExecProcess, ExecStreams), StartFailure>, AccessError> {
     let (stdio, streams) = guest.expect_streams(wanted);
-    if let Err(failure) = guest.create_container(&id, config, root, stdio).await? {
+    if let Err(failure) = guest.create_container(&id, config, root, Vec::new(), stdio).await? {
         return Ok(Err(failure));
     }
     let remover = Remover { container: Some((guest.clone(), id.clone())) };

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use husk_proto::agent::{BlockDevice, Rootfs};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -142,11 +143,11 @@ impl GuestRuntime {
             .map_err(|error| refused(&chain(&error)))
     }
 
-    /// What the agent needs to make a container: its configuration and its root.
+    /// What the agent needs to make a container: its configuration, its root and its block devices.
     fn plan(
         &self,
         container: &ContainerSpec,
-    ) -> Result<(Vec<u8>, husk_proto::agent::Rootfs), StartFailure> {
+    ) -> Result<(Vec<u8>, Rootfs, Vec<BlockDevice>), StartFailure> {
         let root = self.0.layout.root(&container.name).ok_or_else(|| refused("it has no root"))?;
         self.0.changes.start(&container.name);
         let mut config = self.config(container)?;
@@ -154,7 +155,7 @@ impl GuestRuntime {
         let late = late.map_err(|error| refused(&chain(&error)))?;
         config.set_mounts(Some([config.mounts().clone().unwrap_or_default(), late].concat()));
         let config = serde_json::to_vec(&config).map_err(|error| refused(&chain(&error)))?;
-        Ok((config, root.clone()))
+        Ok((config, root.clone(), self.0.layout.devices(container)))
     }
 
     /// What the agent needs to make a debug container: its configuration, with a shell for a
@@ -162,7 +163,7 @@ impl GuestRuntime {
     pub(super) fn debug_config(
         &self,
         id: &str,
-    ) -> Option<Result<(oci_spec::runtime::Spec, husk_proto::agent::Rootfs), SpecError>> {
+    ) -> Option<Result<(oci_spec::runtime::Spec, Rootfs), SpecError>> {
         let Parts { spec, images, layout, .. } = &*self.0;
         let (image, root) = (images.get(debug::NAME)?, layout.root(debug::NAME)?);
         let config = oci::debug::debug_spec(spec, &image.config, id);
@@ -278,7 +279,7 @@ impl Runtime for GuestRuntime {
 
     async fn start(&self, index: Index) -> Result<Result<Run, StartFailure>, GuestError> {
         let planned = self.container(index).and_then(|c| self.plan(c).map(|plan| (c, plan)));
-        let (container, (config, root)) = match planned {
+        let (container, (config, root, devices)) = match planned {
             Ok(planned) => planned,
             Err(failure) => return Ok(Err(failure)),
         };
@@ -287,7 +288,7 @@ impl Runtime for GuestRuntime {
         let run = self.count_start(index);
         let wanted = Wanted { stdin: container.stdin, tty: container.tty };
         let (stdio, streams) = guest.expect_streams(wanted);
-        let create = guest.create_container(id, config, root, stdio);
+        let create = guest.create_container(id, config, root, devices, stdio);
         let created = timeline.during(format!("container {id} created"), create).await?;
         if let Err(failure) = created {
             return Ok(Err(failure));

@@ -32,6 +32,7 @@ pub(crate) fn spec(containers: &[&str]) -> PodSpec {
         ports: Vec::new(),
         resources: Resources::default(),
         volume_mounts: Vec::new(),
+        volume_devices: Vec::new(),
         security: SecurityContext::default(),
         tty: false,
         stdin: false,

@@ -188,13 +188,13 @@ fn free_bytes(disk: &File) -> std::io::Result<u64> {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
+pub(super) mod tests {
     use std::os::unix::fs::{FileExt, MetadataExt};
     use std::path::PathBuf;
 
     use super::*;
 
-    fn config(state_dir: &Path) -> Config {
+    pub(crate) fn config(state_dir: &Path) -> Config {
         Config {
             state_dir: state_dir.to_owned(),
             run_dir: PathBuf::new(),

@@ -8,7 +8,8 @@
 //!
 //! - A file or directory of the host is no disk but a share, which the guest sees by virtio-fs
 //!   ([`host_path`]).
-//! - A disk of the host is what it is ([`host_disk`]).
+//! - A disk of the host is what it is ([`host_disk`]): mounted for the containers that mount it, or left
+//!   alone for those that have it as a block device.
 //!
 //! [`layout`] is pure; [`Layout::open`] touches the host. The disks that are made have no name on the
 //! host: they vanish with the VM, whatever ends it.
@@ -29,7 +30,10 @@ use husk_vmm_api::{MAX_DISKS, MAX_SERIAL_LEN};
 use self::host_disk::{FsType, HostDisk, HostDiskError};
 use crate::downward;
 use crate::paths::Config;
-use crate::types::{FileContent, FileSpec, Hidden, Medium, PodSpec, VolumeSource, VolumeSpec};
+use crate::types::{
+    ContainerSpec, FileContent, FileSpec, Hidden, Medium, PodSpec, VolumeDevice, VolumeSource,
+    VolumeSpec,
+};
 use crate::vm::Disk;
 
 /// Size of the scratch disk unless another is configured, in bytes. It is sparse: what is not
@@ -172,6 +176,8 @@ enum Source {
     Volume(u64),
     /// A disk of the host, with a file system on it.
     Host { path: PathBuf, fstype: FsType, read_only: bool },
+    /// A disk of the host, whatever is on it.
+    Raw { path: PathBuf, read_only: bool },
 }
 
 /// The disks of a pod, and how the guest is told of them.
@@ -183,6 +189,15 @@ pub struct Layout {
     /// What the containers share.
     pub volumes: Vec<proto::Volume>,
     roots: BTreeMap<String, proto::Rootfs>,
+    /// The disks that containers have as block devices, by their volumes.
+    raw: BTreeMap<String, RawDisk>,
+}
+
+/// A disk that containers have as a block device.
+#[derive(Debug, Clone)]
+struct RawDisk {
+    serial: String,
+    read_only: bool,
 }
 
 /// Plans the disks of a pod of this `uid` whose containers have these layers, the lowest first.
@@ -201,6 +216,7 @@ pub fn layout(
         filesystems: Vec::new(),
         volumes: Vec::new(),
         roots: BTreeMap::new(),
+        raw: BTreeMap::new(),
     };
     plan.add_disk(SCRATCH.into(), Source::Scratch(scratch_bytes));
     let mut known = BTreeMap::new();
@@ -227,6 +243,8 @@ impl Layout {
             Source::Layer(_) => (FsType::Erofs, true),
             Source::Scratch(_) | Source::Volume(_) => (FsType::Ext4, false),
             Source::Host { fstype, read_only, .. } => (fstype, read_only),
+            // Nothing is mounted of it.
+            Source::Raw { .. } => return self.disks.push((name, source)),
         };
         self.filesystems.push(proto::Filesystem {
             name: name.clone(),
@@ -276,6 +294,13 @@ impl Layout {
                 // No pod has so many volumes.
                 Made::Share(u32::try_from(number).unwrap_or(u32::MAX))
             }
+            VolumeSource::Disk { ref path, fstype: _, read_only } if is_device(spec, name) => {
+                let serial = format!("vol-{index}");
+                self.add_disk(serial.clone(), Source::Raw { path: path.clone(), read_only });
+                self.raw.insert(name.clone(), RawDisk { serial, read_only });
+                // Nor is there anything to share.
+                return;
+            }
             VolumeSource::Disk { ref path, fstype, read_only } => {
                 let disk = format!("vol-{index}");
                 let path = path.clone();
@@ -311,6 +336,25 @@ impl Layout {
         self.roots.get(container)
     }
 
+    /// The block devices of a container. As containerd's `device_ownership_from_security_context` has
+    /// it, they belong to whom its manifest has it run as.
+    #[must_use]
+    pub fn devices(&self, container: &ContainerSpec) -> Vec<proto::BlockDevice> {
+        let security = &container.security;
+        let devices = container.volume_devices.iter().filter_map(|device| {
+            let VolumeDevice { volume, device_path } = device;
+            let RawDisk { serial, read_only } = self.raw.get(volume)?;
+            Some(proto::BlockDevice {
+                disk_serial: serial.clone(),
+                path: device_path.clone(),
+                read_only: *read_only,
+                uid: security.run_as_user.unwrap_or_default(),
+                gid: security.run_as_group.unwrap_or_default(),
+            })
+        });
+        devices.collect()
+    }
+
     /// Opens or makes every disk. Blocks: on the first use of a size, for as long as `mkfs.ext4`
     /// takes.
     ///
@@ -333,11 +377,20 @@ impl Layout {
                     disk.filesystem(Some(*fstype))?;
                     (disk.into_file(), *read_only)
                 }
+                Source::Raw { path, read_only } => {
+                    (HostDisk::open(path, *read_only)?.into_file(), *read_only)
+                }
             };
             Ok(Disk { serial: serial.clone(), image: image.into(), read_only })
         });
         disks.collect()
     }
+}
+
+/// Whether a volume is a block device to containers, so that it is not mounted.
+fn is_device(spec: &PodSpec, volume: &str) -> bool {
+    let mut devices = spec.all_containers().flat_map(|container| &container.volume_devices);
+    devices.any(|device| device.volume == volume)
 }
 
 /// The files of a volume of a pod of this `uid`, with their content.

@@ -233,3 +233,45 @@ fn a_disk_of_the_host_keeps_its_owners_and_its_access() {
     let (_, source) = plan.disks.last().unwrap();
     assert!(matches!(source, Source::Host { read_only: true, .. }));
 }
+
+#[test]
+fn a_disk_that_is_a_block_device_to_a_container_is_mounted_by_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("raw.img");
+    // No file system that husk could mount.
+    std::fs::write(&path, vec![0; 1 << 16]).unwrap();
+    let mut spec = crate::pod::stand_in::spec(&["a", "b"]);
+    for (name, read_only) in [("w", false), ("r", true)] {
+        let source = VolumeSource::Disk { path: path.clone(), fstype: FsType::Ext4, read_only };
+        spec.volumes.push(VolumeSpec { name: name.into(), source });
+    }
+    let device = |volume: &str| VolumeDevice {
+        volume: volume.into(),
+        device_path: format!("/dev/{volume}"),
+    };
+    spec.containers[0].volume_devices = vec![device("w"), device("r")];
+    spec.containers[0].security.run_as_user = Some(1000);
+    spec.containers[0].security.run_as_group = Some(2000);
+    let mut plan = layout(&spec, "uid", &BTreeMap::new(), 1 << 30).unwrap();
+
+    assert!(plan.volumes.is_empty());
+    let names: Vec<_> = plan.filesystems.iter().map(|filesystem| &*filesystem.name).collect();
+    assert_eq!(names, ["scratch"]);
+    let devices = plan.devices(&spec.containers[0]);
+    let expected = [("w", "vol-0", false), ("r", "vol-1", true)];
+    let expected = expected.map(|(volume, serial, read_only)| proto::BlockDevice {
+        disk_serial: serial.into(),
+        path: format!("/dev/{volume}"),
+        read_only,
+        uid: 1000,
+        gid: 2000,
+    });
+    assert_eq!(devices, expected);
+    assert!(plan.devices(&spec.containers[1]).is_empty());
+
+    // Of these alone, which need no mkfs.
+    plan.disks.retain(|(serial, _)| serial == "vol-1");
+    let config = ext4::tests::config(dir.path());
+    let [disk] = &plan.open(&config).unwrap()[..] else { panic!("not one") };
+    assert_eq!((&*disk.serial, disk.read_only), ("vol-1", true));
+}

@@ -157,6 +157,7 @@ fn container(name: usize, kind: ContainerKind) -> ContainerSpec {
         ports: Vec::new(),
         resources: Resources::default(),
         volume_mounts: Vec::new(),
+        volume_devices: Vec::new(),
         security: SecurityContext::default(),
         tty: false,
         stdin: false,
