@@ -10,7 +10,7 @@ use crate::Setup;
 use crate::guest::{self, Devices, TAG, in_husk, in_qemu};
 
 /// Name, number of files and bytes in each.
-const LOADS: [(&str, u32, u32); 2] = [("empty", 1000, 0), ("small", 1000, 2000)];
+const LOADS: [(&str, u32, u32); 2] = [("empty", 250, 0), ("small", 250, 2000)];
 
 const QEMU: &str = "qemu-microvm and virtiofsd";
 
