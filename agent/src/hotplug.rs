@@ -19,12 +19,16 @@ const PREFIX: &str = "virtio-mmio.";
 /// How long after a container has started the devices that need not be there for it are looked for.
 const LATE: Duration = Duration::from_secs(1);
 
-/// Has the driver look at a place again.
+/// Has the driver look at a place again. One whose device it has already is as it is to be: the look
+/// for late devices can be the first to find it.
 ///
 /// # Errors
-/// The kernel's; ENODEV if there is no device, EBUSY if it has a driver already.
+/// The kernel's; ENODEV if there is no device.
 pub(crate) fn bind(number: u32) -> io::Result<()> {
-    tell_driver("bind", &format!("{PREFIX}{number}"))
+    match tell_driver("bind", &format!("{PREFIX}{number}")) {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
+        told => told,
+    }
 }
 
 /// Has the driver let go of the device in a place.
@@ -54,7 +58,7 @@ pub(crate) async fn find_late_devices() {
         Err(error) => return tracing::warn!(%error, "cannot look for devices"),
     };
     for place in places {
-        match tell_driver("bind", &place) {
+        match bind(place) {
             Ok(()) => tracing::debug!(place, "found a device"),
             // A placeholder, as most of them are.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
@@ -65,13 +69,14 @@ pub(crate) async fn find_late_devices() {
     }
 }
 
-fn places_without_driver() -> io::Result<Vec<String>> {
+fn places_without_driver() -> io::Result<Vec<u32>> {
     let mut places = Vec::new();
     for entry in fs::read_dir(DEVICES)? {
         let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with(PREFIX) && !entry.path().join("driver").exists() {
-            places.push(name);
+        if let Some(place) = place_of(Path::new(&entry.file_name()))
+            && !entry.path().join("driver").exists()
+        {
+            places.push(place);
         }
     }
     Ok(places)
