@@ -205,25 +205,36 @@ async fn unmount(runner: &Runner, name: &str, place: &Place) -> Result<(), Added
 
 /// Unmounts a file system, and has the driver let go of its disk.
 async fn let_go(name: &str, place: &Place) -> Result<(), AddedError> {
-    let in_use = |by: &str| AddedError::InUse { name: name.to_owned(), by: by.to_owned() };
     match storage::unmount(name) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-            return Err(in_use("in the guest"));
+            let by = "in the guest".to_owned();
+            return Err(AddedError::InUse { name: name.to_owned(), by });
         }
         Err(error) => return Err(failed("unmount", name)(error)),
     }
     if matches!(place.host, Host::Test(_)) {
         return Ok(());
     }
-    let disk = storage::find_disk(&place.filesystem.disk_serial).await?;
+    let released = release_disk(name, &place.filesystem.disk_serial).await;
+    if released.is_err()
+        && let Err(error) = storage::mount(&place.host, &place.filesystem).await
+    {
+        tracing::error!(name, error = crate::chain(&error), "it is not mounted again");
+    }
+    released
+}
+
+/// Has the driver let go of a disk that is not mounted any more, by us.
+async fn release_disk(name: &str, serial: &str) -> Result<(), AddedError> {
+    let disk = storage::find_disk(serial).await?;
     // Exclusive use is refused as long as it is mounted anywhere, e.g. in a mount namespace that a
     // container has made.
     match rustix::fs::open(&disk, OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC, Mode::empty()) {
         Ok(_) => {}
         Err(Errno::BUSY) => {
-            storage::mount(&place.host, &place.filesystem).await?;
-            return Err(in_use("mounted by a process of a container"));
+            let by = "mounted by a process of a container".to_owned();
+            return Err(AddedError::InUse { name: name.to_owned(), by });
         }
         Err(errno) => return Err(failed("look at the disk", name)(errno)),
     }
