@@ -138,7 +138,10 @@ impl Following {
 
     /// Whether this is to end, and whether something changed.
     fn poll(&self, stop: &Stop, limit: Option<Duration>) -> Result<(bool, bool), NetlinkError> {
-        let limit = limit.map(Timespec::try_from).transpose().unwrap_or_default();
+        let limit = match limit.map(Timespec::try_from).transpose() {
+            Ok(limit) => limit,
+            Err(_) => return Err(NetlinkError::Socket("wait so long for", Errno::INVAL)),
+        };
         let (stop, changes) = (stop.ends(), self.changes.as_fd());
         let mut fds = [PollFd::new(&stop, PollFlags::IN), PollFd::new(&changes, PollFlags::IN)];
         match poll(&mut fds, limit.as_ref()) {

@@ -228,8 +228,14 @@ impl Host {
         done: &mut BTreeSet<String>,
     ) -> Result<(), NetworkError> {
         let mut network = dead.list().map_err(CniError::from)?;
-        let now = self.cni.network(Some(&network.name)).ok();
-        network.disable_gc = now.and_then(|now| now.disable_gc);
+        // What its configuration says now. One that is gone, or cannot be read, allows nothing.
+        network.disable_gc = match self.cni.network(Some(&network.name)) {
+            Ok(now) => now.disable_gc,
+            Err(error) => {
+                tracing::debug!(%error, network = network.name, "its garbage stays");
+                None
+            }
+        };
         if network.disable_gc != Some(false) || !done.insert(network.name.clone()) {
             return Ok(());
         }
